@@ -1,0 +1,266 @@
+//! Overrides on the command line: `a.b=value`, `a=component`, `~a.b`.
+//!
+//! Values are typed as in the file; only what starts like a list, a mapping or a quoted text is read as YAML, so that
+//! `prompt=a: b` and `x=#1` need no quoting beyond the shell's. They are applied in the order given.
+
+use std::path::Path;
+
+use serde_yaml::Value;
+
+use super::suggest;
+use super::yaml::{self, Entry, Mark, Node, Tree};
+use crate::error::{Error, Result};
+
+enum Override<'a> {
+    Set { path: &'a str, value: Node },
+    Delete { path: &'a str },
+}
+
+/// Applies one override to the tree.
+pub fn apply(root: &mut Node, argument: &str) -> Result<()> {
+    match parse(argument)? {
+        Override::Set { path, value } => set(root, path, value, argument),
+        Override::Delete { path } => delete(root, path, argument),
+    }
+}
+
+fn fail(argument: &str, message: impl Into<String>) -> Error {
+    Error::config(message).at_file(format!("command line: {argument}"))
+}
+
+fn parse(argument: &str) -> Result<Override<'_>> {
+    if let Some(path) = argument.strip_prefix('~') {
+        if path.contains('=') {
+            return Err(
+                fail(argument, "`~` deletes a key and takes no value").hint(format!("write `~{}`", before(path)))
+            );
+        }
+        check_path(path, argument)?;
+        return Ok(Override::Delete { path });
+    }
+    let Some((path, text)) = argument.split_once('=') else {
+        return Err(fail(argument, format!("the override `{argument}` has no `=`"))
+            .hint("`key=value` sets a key, `~key` deletes one"));
+    };
+    check_path(path, argument)?;
+    let value = parse_value(path, text).map_err(|cause| {
+        fail(argument, format!("the value of `{path}` is not YAML"))
+            .cause(cause)
+            .hint("quote it for YAML: \"key='[text'\"")
+    })?;
+    Ok(Override::Set { path, value })
+}
+
+fn before(path: &str) -> &str {
+    path.split('=').next().unwrap_or(path)
+}
+
+fn check_path(path: &str, argument: &str) -> Result<()> {
+    if path.split('.').any(|name| name.trim().is_empty()) {
+        return Err(
+            fail(argument, format!("`{path}` is not a key: keys are names joined by dots")).hint("`optimizer.lr=1e-4`")
+        );
+    }
+    Ok(())
+}
+
+fn parse_value(path: &str, text: &str) -> Result<Node, String> {
+    let text = text.trim();
+    // torchtune keeps "00030" a text under this name, whatever it looks like.
+    if path.rsplit('.').next().is_some_and(|name| name.contains("max_filename")) {
+        return Ok(Node::scalar(Value::String(text.trim_matches(['"', '\'']).to_owned()), Mark::CommandLine));
+    }
+    if !text.starts_with(['[', '{', '"', '\'']) {
+        return Ok(Node::scalar(yaml::plain(text), Mark::CommandLine));
+    }
+    let mut node =
+        yaml::parse(text, Path::new("")).map_err(|error| error.causes.first().unwrap_or(&error.message).clone())?;
+    mark_command_line(&mut node);
+    Ok(node)
+}
+
+fn mark_command_line(node: &mut Node) {
+    node.mark = Mark::CommandLine;
+    match &mut node.tree {
+        Tree::List(items) => items.iter_mut().for_each(mark_command_line),
+        Tree::Map(entries) => entries.iter_mut().for_each(|entry| {
+            entry.key_mark = Mark::CommandLine;
+            mark_command_line(&mut entry.value);
+        }),
+        Tree::Scalar(_) | Tree::Broken => {}
+    }
+}
+
+fn set(node: &mut Node, path: &str, value: Node, argument: &str) -> Result<()> {
+    let (name, rest) = match path.split_once('.') {
+        Some((name, rest)) => (name, Some(rest)),
+        None => (path, None),
+    };
+    let slot = slot(node, name, argument)?;
+    match rest {
+        Some(rest) => set(slot, rest, value, argument),
+        None => {
+            replace(slot, value);
+            Ok(())
+        }
+    }
+}
+
+/// Returns the place of a key, made when it is not there.
+fn slot<'a>(node: &'a mut Node, name: &str, argument: &str) -> Result<&'a mut Node> {
+    if node.is_null() || matches!(node.tree, Tree::Broken) {
+        *node = Node::map(Mark::CommandLine);
+    }
+    let found = node.describe();
+    match &mut node.tree {
+        Tree::List(items) => {
+            let num_items = items.len();
+            name.parse::<usize>().ok().and_then(|index| items.get_mut(index)).ok_or_else(|| {
+                fail(argument, format!("`{name}` is not an item of a list that has {num_items}"))
+                    .hint("items count from 0")
+            })
+        }
+        Tree::Map(entries) => {
+            let index = entries.iter().position(|entry| entry.key == name).unwrap_or_else(|| {
+                let value = Node::scalar(Value::Null, Mark::CommandLine);
+                entries.push(Entry { key: name.to_owned(), key_mark: Mark::CommandLine, value });
+                entries.len() - 1
+            });
+            Ok(&mut entries[index].value)
+        }
+        _ => {
+            Err(fail(argument, format!("`{name}` cannot be set below {found}"))
+                .hint("give the whole section: `key={…}`"))
+        }
+    }
+}
+
+/// A text put on a section with a `_component_` names another component; everything else replaces what was there.
+fn replace(slot: &mut Node, value: Node) {
+    if value.as_str().is_some()
+        && let Tree::Map(entries) = &mut slot.tree
+        && let Some(component) = entries.iter_mut().find(|entry| entry.key == "_component_")
+    {
+        component.key_mark = Mark::CommandLine;
+        component.value = value;
+        return;
+    }
+    *slot = value;
+}
+
+fn delete(root: &mut Node, path: &str, argument: &str) -> Result<()> {
+    let (parent, name) = path.rsplit_once('.').unwrap_or(("", path));
+    let missing = |known: Vec<&str>| {
+        let error = fail(argument, format!("`{path}` is not in the config, so it cannot be deleted"));
+        match suggest::nearest(name, known) {
+            Some(near) if parent.is_empty() => error.hint(format!("did you mean `~{near}`?")),
+            Some(near) => error.hint(format!("did you mean `~{parent}.{near}`?")),
+            None => error,
+        }
+    };
+    let Some(section) = at_mut(root, parent) else {
+        return Err(missing(vec![]));
+    };
+    match &mut section.tree {
+        Tree::Map(entries) => match entries.iter().position(|entry| entry.key == name) {
+            Some(index) => drop(entries.remove(index)),
+            None => return Err(missing(entries.iter().map(|entry| entry.key.as_str()).collect())),
+        },
+        Tree::List(items) => match name.parse::<usize>().ok().filter(|index| *index < items.len()) {
+            Some(index) => drop(items.remove(index)),
+            None => return Err(missing(vec![])),
+        },
+        _ => return Err(missing(vec![])),
+    }
+    // A section whose last key goes, goes too.
+    if !parent.is_empty() && matches!(&section.tree, Tree::Map(entries) if entries.is_empty()) {
+        return delete(root, parent, argument);
+    }
+    Ok(())
+}
+
+fn at_mut<'a>(node: &'a mut Node, path: &str) -> Option<&'a mut Node> {
+    if path.is_empty() {
+        return Some(node);
+    }
+    path.split('.').try_fold(node, |node, name| match &mut node.tree {
+        Tree::Map(entries) => entries.iter_mut().find(|entry| entry.key == name).map(|entry| &mut entry.value),
+        Tree::List(items) => items.get_mut(name.parse::<usize>().ok()?),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: &str =
+        "epochs: 1\nmodel: {_component_: llama, rank: 8}\nfiles: [a, b]\nnested: {one: {two: 2}}\nnothing: null\n";
+
+    fn applied(arguments: &[&str]) -> Result<Node> {
+        let mut root = yaml::parse(CONFIG, Path::new("c.yaml")).unwrap();
+        arguments.iter().try_for_each(|argument| apply(&mut root, argument)).map(|()| root)
+    }
+
+    #[track_caller]
+    fn check(arguments: &[&str], path: &str, expected: &str) {
+        let root = applied(arguments).unwrap();
+        let found = root.at(path).map(Node::to_value);
+        let expected = (expected != "absent").then(|| serde_yaml::from_str::<Value>(expected).unwrap());
+        assert_eq!(found, expected, "{arguments:?}");
+    }
+
+    #[track_caller]
+    fn check_error(argument: &str, expected: &str) {
+        let error = applied(&[argument]).expect_err("the override should be refused").to_string();
+        assert!(error.contains(expected), "expected `{expected}` in:\n{error}");
+    }
+
+    #[test]
+    fn sets_typed_values() {
+        check(&["epochs=3"], "epochs", "3");
+        check(&["epochs=3e-4"], "epochs", "3e-4");
+        check(&["epochs=True"], "epochs", "true");
+        check(&["epochs="], "epochs", "null");
+        check(&["epochs='3'"], "epochs", "'3'");
+        check(&["epochs=\"a = b\""], "epochs", "a = b");
+        check(&["epochs=[1, x,{a: 2}]"], "epochs", "[1, x, {a: 2}]");
+        check(&["split=train[:2000]"], "split", "'train[:2000]'");
+        check(&["prompt=note: use #1 = best"], "prompt", "'note: use #1 = best'");
+        check(&["a.b.c=1"], "a", "{b: {c: 1}}");
+        check(&["nothing.x=1"], "nothing.x", "1");
+        check(&["files.1=c"], "files", "[a, c]");
+        check(&["x.max_filename=00030"], "x.max_filename", "'00030'");
+        check(&["x.max_filename=30"], "x.max_filename", "'30'");
+    }
+
+    #[test]
+    fn a_text_on_a_component_names_another() {
+        check(&["model=other"], "model", "{_component_: other, rank: 8}");
+        check(&["model={_component_: other}"], "model", "{_component_: other}");
+        check(&["model=null"], "model", "null");
+        check(&["nested=text"], "nested", "text");
+    }
+
+    #[test]
+    fn deletes_a_key_and_the_section_it_empties() {
+        check(&["~epochs"], "epochs", "absent");
+        check(&["~nested.one.two"], "nested", "absent");
+        check(&["~model.rank"], "model", "{_component_: llama}");
+        check(&["~files.0"], "files", "[b]");
+    }
+
+    #[test]
+    fn refuses_what_it_cannot_mean() {
+        check_error("epochs", "has no `=`\n  --> command line: epochs\nhint: `key=value` sets a key");
+        check_error("=3", "is not a key");
+        check_error("a..b=3", "is not a key");
+        check_error("~epochs=3", "write `~epochs`");
+        check_error("~epoch", "did you mean `~epochs`?");
+        check_error("~model.rnk", "did you mean `~model.rank`?");
+        check_error("~epochs.deep", "is not in the config");
+        check_error("epochs.x=1", "`x` cannot be set below the number `1`");
+        check_error("files.7=c", "a list that has 2");
+        check_error("epochs=[1", "the value of `epochs` is not YAML");
+    }
+}

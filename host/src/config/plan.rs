@@ -1,0 +1,264 @@
+//! The plan: a config after `resolve`. Nothing is left to default, every path is absolute or relative to the caller's
+//! working directory, and each part of the worker takes its own section.
+//!
+//! The launcher writes it as JSON for the workers, and the run writes it beside its checkpoints.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// What one `host run` does.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Plan {
+    Train(Box<TrainPlan>),
+    Generate(Box<GeneratePlan>),
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TrainPlan {
+    pub recipe: GuestRef,
+    /// The config as the user gave it, for messages: file and the overrides on the command line.
+    pub config_path: PathBuf,
+    pub overrides: Vec<String>,
+    /// The resolved config as YAML, interpolations replaced; printed at the start and written beside checkpoints.
+    pub resolved_yaml: String,
+    pub output_dir: PathBuf,
+
+    pub model: ModelPlan,
+    pub tokenizer: TokenizerPlan,
+    pub dataset: DatasetPlan,
+    pub dataset_val: Option<DatasetPlan>,
+    /// Validate every this many steps (besides before the first and after the last).
+    pub run_val_every_n_steps: Option<usize>,
+
+    pub seed: u64,
+    pub shuffle: bool,
+    /// Samples per rank in one micro-batch as torchtune counts them.
+    pub batch_size: usize,
+    pub gradient_accumulation_steps: usize,
+    pub epochs: usize,
+    pub max_steps_per_epoch: Option<usize>,
+    pub layout: Layout,
+    /// `varlen`: most tokens one forward takes; a longer sample goes alone.
+    pub tokens_per_microbatch: usize,
+
+    pub optimizer: OptimizerPlan,
+    pub schedule: SchedulePlan,
+    pub loss: LossPlan,
+    pub clip_grad_norm: Option<ClipPlan>,
+
+    pub checkpoint: CheckpointPlan,
+    pub metrics: MetricsPlan,
+    pub device: DevicePlan,
+    pub dtype: Dtype,
+    /// `compat: torchtune`: adapters and moments in `dtype`, torchtune's data order.
+    pub compat_torchtune: bool,
+    pub limits: GuestLimits,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GeneratePlan {
+    pub config_path: PathBuf,
+    pub overrides: Vec<String>,
+    pub resolved_yaml: String,
+    pub model: ModelPlan,
+    pub tokenizer: TokenizerPlan,
+    pub prompt: PromptPlan,
+    pub max_new_tokens: usize,
+    pub temperature: f64,
+    pub top_k: Option<usize>,
+    pub enable_kv_cache: bool,
+    /// Print the prompt before what follows it, as torchtune does.
+    pub echo_prompt: bool,
+    pub seed: u64,
+    pub device: DevicePlan,
+    pub dtype: Dtype,
+    pub limits: GuestLimits,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PromptPlan {
+    /// The text as it is, after BOS; what torchtune's `generate` does with a string.
+    Text(String),
+    /// `prompt: {system: …, user: …}`: through the tokenizer section's prompt template.
+    Messages { system: Option<String>, user: String },
+}
+
+/// A guest file: a Wasm component or a Rhai script, told apart by content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestRef {
+    pub path: PathBuf,
+    /// Keys of the guest's own config section, as JSON (empty object when it has none).
+    pub settings: serde_json::Value,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ModelPlan {
+    /// Hugging Face folder: config.json and the files below.
+    pub checkpoint_dir: PathBuf,
+    /// Weight files in `checkpoint_dir`; empty: whatever its index, or its single file, says.
+    pub checkpoint_files: Vec<String>,
+    pub lora: Option<LoraPlan>,
+    /// A PEFT adapter folder applied on top (generate, or the start of a LoRA run).
+    pub adapter_dir: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoraPlan {
+    pub rank: usize,
+    pub alpha: f64,
+    pub dropout: f64,
+    /// Linear names as in the checkpoint: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head.
+    pub targets: Vec<String>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TokenizerPlan {
+    /// `tokenizer.json`.
+    pub path: PathBuf,
+    pub max_seq_len: Option<usize>,
+    pub prompt_template: Option<GuestRef>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DatasetPlan {
+    /// Files to read, in order, by the name of the split they are (`train`, `validation`, `test`).
+    pub files: Vec<DataFile>,
+    pub format: DataFormat,
+    /// Split expression, parity §5.7: `train[:2000]`.
+    pub split: String,
+    /// Expected name (`input`, `output`) to column in the data.
+    pub column_map: Vec<(String, String)>,
+    pub train_on_input: bool,
+    pub on_bad_row: OnBadRow,
+    /// Where the tokenised rows are cached.
+    pub cache_dir: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataFile {
+    pub split: String,
+    pub path: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DataFormat {
+    Jsonl,
+    Parquet,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnBadRow {
+    Error,
+    Skip,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    Varlen,
+    Padded,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OptimizerPlan {
+    pub lr: f64,
+    pub betas: (f64, f64),
+    pub eps: f64,
+    pub weight_decay: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SchedulePlan {
+    Constant,
+    Cosine { num_warmup_steps: usize, num_cycles: f64 },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LossPlan {
+    /// Label positions are projected to the vocabulary in this many pieces at least.
+    pub num_output_chunks: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClipPlan {
+    /// `clip_grad_norm: inf`: log the norm, clip nothing.
+    LogOnly,
+    MaxNorm(f64),
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CheckpointPlan {
+    /// Checkpoints go to `output_dir/step_N`, `output_dir/epoch_N`.
+    pub output_dir: PathBuf,
+    pub save_every_n_steps: Option<usize>,
+    pub keep_last_n: Option<usize>,
+    /// Write the adapter without the merged model.
+    pub adapter_only: bool,
+    pub resume: bool,
+    /// A checkpoint to resume from instead of the newest in `output_dir`.
+    pub resume_from: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MetricsPlan {
+    pub sink: MetricSink,
+    pub log_every_n_steps: usize,
+    pub log_peak_memory_stats: bool,
+    pub log_level: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MetricSink {
+    Stdout,
+    /// A file in `log_dir`, one line a step.
+    Disk {
+        log_dir: PathBuf,
+        format: DiskFormat,
+        filename: Option<String>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskFormat {
+    Txt,
+    Jsonl,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DevicePlan {
+    Cpu,
+    /// CUDA and ROCm alike, as in PyTorch.
+    Cuda,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    Bf16,
+    Fp32,
+}
+
+/// What a guest may use; the same policy for Wasm and Rhai.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GuestLimits {
+    pub memory_mb: usize,
+    pub handles: usize,
+    /// Seconds a guest may compute between two turns of its loop; time in host calls does not count.
+    pub seconds: f64,
+}
+
+impl Default for GuestLimits {
+    fn default() -> Self {
+        Self { memory_mb: 256, handles: 20_000, seconds: 30.0 }
+    }
+}

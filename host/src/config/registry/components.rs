@@ -1,0 +1,324 @@
+//! The components: one row each, grouped by role.
+
+use super::keys::POSITIVE;
+use super::{Class, Component, Key, Role, Type, key, optional, refused, required};
+
+const FRACTION: Type = Type::Number { min: 0.0, max: 1.0 };
+const NOT_NEGATIVE: Type = Type::Number { min: 0.0, max: f64::INFINITY };
+const COUNT: Type = Type::Count { min: 0, max: u64::MAX };
+const NOT_YET: &str = "not available yet";
+const KERNEL_CHOICE: &str = "the host picks the kernel";
+
+const LORA: &[Key] = &[
+    required(
+        "lora_attn_modules",
+        Type::TextsOf(&["q_proj", "k_proj", "v_proj", "output_proj"]),
+        "Attention layers that get an adapter.",
+    ),
+    key("apply_lora_to_mlp", Type::Bool, "False", "Adapters on gate, up and down projections."),
+    key("apply_lora_to_output", Type::Bool, "False", "An adapter on the output head."),
+    key("lora_rank", POSITIVE, "8", "Inner size of an adapter."),
+    key("lora_alpha", NOT_NEGATIVE, "16", "Scale: alpha divided by rank."),
+    key("lora_dropout", FRACTION, "0.0", "Dropout before an adapter."),
+    key("use_dora", Type::Bool, "False", "Weight-decomposed adapters.").fixed("DoRA is not available yet"),
+    key("quantize_base", Type::Bool, "False", "A 4-bit base model.").fixed("a quantised base is not available yet"),
+];
+
+/// The path of a builder below `torchtune.models`, the same in both versions.
+macro_rules! model {
+    ($name:literal, [$($alias:literal),*], $keys:expr, $doc:literal) => {
+        Component { role: Role::Model, name: $name, aliases: &[$($alias),*], keys: $keys, refused: None, doc: $doc }
+    };
+}
+
+const TOKENIZER: &[Key] = &[
+    required("path", Type::Text, "tokenizer.json, or the folder that holds it."),
+    optional("max_seq_len", POSITIVE, "Longer samples are cut to this many tokens."),
+    optional("prompt_template", Type::Any, "A template's name, or a path to a .wasm or .rhai guest."),
+    key("truncation_type", Type::OneOf(&["right", "left"]), "right", "Which end of a long sample goes.")
+        .fixed("samples are cut on the right"),
+    refused("special_tokens_path", "special tokens are read from tokenizer.json"),
+    refused("merges_file", "merges are read from tokenizer.json"),
+];
+
+const INSTRUCT: &[Key] = &[
+    required(
+        "source",
+        Type::Text,
+        "`json` or `parquet` with `data_files`, or a folder of train, validation and test files.",
+    ),
+    optional("data_files", Type::Any, "A file, a list of files, or a mapping of split to files."),
+    key("split", Type::Text, "train", "Which rows: `train`, `train[:2000]`, `train[90%:]+test`."),
+    optional("column_map", Type::Any, "`input` and `output` to the columns of the data."),
+    key("train_on_input", Type::Bool, "False", "Whether the prompt carries loss."),
+    key("on_bad_row", Type::OneOf(&["error", "skip"]), "error", "What a row that cannot be used does."),
+    key("packed", Type::Bool, "False", "Samples packed to max_seq_len.")
+        .fixed("packs are not built yet; `layout: varlen` already computes no padding"),
+    key("trust_remote_code", Type::Bool, "False", "Run code of the data set.")
+        .satisfied("no code of a data set is ever run"),
+    refused("new_system_prompt", "system messages are written by the template"),
+    refused("filter_fn", "a config cannot name code; let the template skip rows"),
+    refused("name", "subsets belong to hub data sets, which are not read yet"),
+    refused("data_dir", "give `data_files`"),
+    refused("revision", "revisions belong to hub data sets, which are not read yet"),
+    refused("template", "it is `tokenizer.prompt_template` now"),
+    refused("max_seq_len", "it is `tokenizer.max_seq_len` now"),
+];
+
+const CHECKPOINTER: &[Key] = &[
+    required("checkpoint_dir", Type::Text, "The model's folder; never written to."),
+    optional("checkpoint_files", Type::Any, "Weight files; by default what the folder's index says."),
+    optional("output_dir", Type::Text, "Where checkpoints go; `${output_dir}` by default."),
+    optional("keep_last_n_checkpoints", POSITIVE, "Older checkpoints are removed."),
+    optional("model_type", Type::Text, "The model's family.")
+        .satisfied("the family comes from the checkpoint's config.json"),
+    key("safe_serialization", Type::Bool, "True", "Write safetensors.")
+        .fixed("weights are always written as safetensors"),
+    key("should_load_recipe_state", Type::Bool, "False", "Resume.")
+        .fixed("`resume_from_checkpoint` says whether to resume"),
+    key("resume_from_checkpoint", Type::Bool, "False", "Resume.")
+        .fixed("`resume_from_checkpoint` belongs to the top level"),
+    key("enable_dcp", Type::Bool, "False", "Distributed checkpoints.").fixed("checkpoints are safetensors"),
+    refused("adapter_checkpoint", "adapter and state are found in the checkpoint that `resume_from` names"),
+    refused("recipe_checkpoint", "adapter and state are found in the checkpoint that `resume_from` names"),
+];
+
+const ADAMW: &[Key] = &[
+    key("lr", NOT_NEGATIVE, "1e-3", "Learning rate, before the schedule."),
+    key("betas", Type::Any, "[0.9, 0.999]", "Decay of the two moments."),
+    key("eps", NOT_NEGATIVE, "1e-8", "Keeps the division finite."),
+    key("weight_decay", NOT_NEGATIVE, "0.01", "Decoupled weight decay."),
+    optional("fused", Type::Bool, "One kernel for all weights.").satisfied(KERNEL_CHOICE),
+    optional("foreach", Type::Bool, "One call for many weights.").satisfied(KERNEL_CHOICE),
+    key("capturable", Type::Bool, "False", "For CUDA graphs.").satisfied(KERNEL_CHOICE),
+    key("amsgrad", Type::Bool, "False", "Largest second moment.").fixed(NOT_YET),
+    key("maximize", Type::Bool, "False", "Climb instead.").fixed("a loss is made small"),
+    key("differentiable", Type::Bool, "False", "Gradients through the update.").fixed("updates have no gradient"),
+];
+
+const COSINE: &[Key] = &[
+    required("num_warmup_steps", COUNT, "Steps from 0 to the full rate."),
+    key("num_cycles", NOT_NEGATIVE, "0.5", "Waves of the cosine; 0.5 ends at 0."),
+];
+
+const CHUNKED_LOSS: &[Key] = &[
+    key("num_output_chunks", POSITIVE, "8", "Pieces in which label positions are projected to the vocabulary."),
+    key("ignore_index", Type::Any, "-100", "The label without loss.").fixed("labels without loss are -100"),
+    key("tiled_mm", Type::Bool, "False", "Tiled projection.").satisfied(KERNEL_CHOICE),
+    key("mask_ignored_tokens", Type::Bool, "True", "Leave positions without loss out early.")
+        .satisfied("they are always left out"),
+];
+
+const PLAIN_LOSS: &[Key] = &[
+    key("ignore_index", Type::Any, "-100", "The label without loss.").fixed("labels without loss are -100"),
+    key("reduction", Type::OneOf(&["mean", "sum", "none"]), "mean", "How positions are summed up.")
+        .fixed("the loss is the mean over the label tokens of a step"),
+    key("label_smoothing", FRACTION, "0.0", "Share of probability spread over the vocabulary.").fixed(NOT_YET),
+    refused("weight", NOT_YET),
+];
+
+const DISK: &[Key] = &[
+    optional("log_dir", Type::Text, "The folder of the log; `${output_dir}/logs` by default."),
+    key("output_fmt", Type::OneOf(&["txt", "jsonl"]), "txt", "Lines of text, or of JSON."),
+    optional("filename", Type::Text, "The log's name; by default with the time in it."),
+];
+
+const PROFILER_OFF: &str = "the profiler is off";
+
+const PROFILER: &[Key] = &[
+    key("enabled", Type::Bool, "False", "Record a trace.").fixed("there is no profiler yet"),
+    optional("output_dir", Type::Text, "Where traces go.").class(Class::Quiet(PROFILER_OFF)),
+    key("cpu", Type::Bool, "True", "Trace the CPU.").class(Class::Quiet(PROFILER_OFF)),
+    key("cuda", Type::Bool, "True", "Trace the GPU.").class(Class::Quiet(PROFILER_OFF)),
+    key("xpu", Type::Bool, "True", "Trace the GPU.").class(Class::Quiet(PROFILER_OFF)),
+    key("hpu", Type::Bool, "True", "Trace the GPU.").class(Class::Quiet(PROFILER_OFF)),
+    key("profile_memory", Type::Bool, "False", "Trace memory.").class(Class::Quiet(PROFILER_OFF)),
+    key("with_stack", Type::Bool, "False", "Trace with stacks.").class(Class::Quiet(PROFILER_OFF)),
+    key("record_shapes", Type::Bool, "True", "Trace with shapes.").class(Class::Quiet(PROFILER_OFF)),
+    key("with_flops", Type::Bool, "False", "Trace with FLOPs.").class(Class::Quiet(PROFILER_OFF)),
+    optional("wait_steps", COUNT, "Steps before tracing.").class(Class::Quiet(PROFILER_OFF)),
+    optional("warmup_steps", COUNT, "Steps before tracing.").class(Class::Quiet(PROFILER_OFF)),
+    optional("active_steps", COUNT, "Steps traced.").class(Class::Quiet(PROFILER_OFF)),
+    optional("num_cycles", COUNT, "Rounds of tracing.").class(Class::Quiet(PROFILER_OFF)),
+];
+
+/// A component torchtune has and we refuse, with the reason.
+const fn not_yet(role: Role, name: &'static str, aliases: &'static [&'static str], why: &'static str) -> Component {
+    Component { role, name, aliases, keys: &[], refused: Some(why), doc: why }
+}
+
+pub const ALL: &[Component] = &[
+    // Models: the name says whether there are adapters; shapes come from the checkpoint.
+    model!("llama", [], &[], "A Llama model, whole."),
+    model!("lora_llama", [], &[LORA], "A Llama model with adapters."),
+    model!("smollm2_135m", ["torchtune.models.smollm2.smollm2_135m"], &[], "SmolLM2 135M, whole."),
+    model!("lora_smollm2_135m", ["torchtune.models.smollm2.lora_smollm2_135m"], &[LORA], "SmolLM2 135M with adapters."),
+    model!("llama3_8b", ["torchtune.models.llama3.llama3_8b"], &[], "Llama 3 8B, whole."),
+    model!("lora_llama3_8b", ["torchtune.models.llama3.lora_llama3_8b"], &[LORA], "Llama 3 8B with adapters."),
+    model!("llama3_1_8b", ["torchtune.models.llama3_1.llama3_1_8b"], &[], "Llama 3.1 8B, whole."),
+    model!("lora_llama3_1_8b", ["torchtune.models.llama3_1.lora_llama3_1_8b"], &[LORA], "Llama 3.1 8B with adapters."),
+    not_yet(
+        Role::Model,
+        "qlora_llama3_1_8b",
+        &["torchtune.models.llama3_1.qlora_llama3_1_8b"],
+        "a quantised base is not available yet; use `lora_llama3_1_8b`",
+    ),
+    // Tokenizers.
+    Component {
+        role: Role::Tokenizer,
+        name: "hf_tokenizer",
+        aliases: &[],
+        keys: &[TOKENIZER],
+        refused: None,
+        doc: "A checkpoint's tokenizer.json; the template's text between its start and end tokens.",
+    },
+    not_yet(
+        Role::Tokenizer,
+        "llama3_tokenizer",
+        &["torchtune.models.llama3.llama3_tokenizer"],
+        "the header tokens of Llama 3's message format are not written yet; `hf_tokenizer` with the model's tokenizer.json trains on the template's text alone",
+    ),
+    // Templates: names of guests.
+    Component {
+        role: Role::Template,
+        name: "summarize",
+        aliases: &["SummarizeTemplate", "torchtune.data.SummarizeTemplate"],
+        keys: &[],
+        refused: None,
+        doc: "`Summarize this dialogue:` before the input, `Summary:` after it.",
+    },
+    // Data sets.
+    Component {
+        role: Role::Dataset,
+        name: "instruct_dataset",
+        aliases: &["torchtune.datasets.instruct_dataset"],
+        keys: &[INSTRUCT],
+        refused: None,
+        doc: "Rows of an input and an output.",
+    },
+    not_yet(
+        Role::Dataset,
+        "alpaca_dataset",
+        &["torchtune.datasets.alpaca_dataset"],
+        "only `instruct_dataset` is read yet",
+    ),
+    not_yet(
+        Role::Dataset,
+        "alpaca_cleaned_dataset",
+        &["torchtune.datasets.alpaca_cleaned_dataset"],
+        "only `instruct_dataset` is read yet",
+    ),
+    not_yet(Role::Dataset, "chat_dataset", &["torchtune.datasets.chat_dataset"], "only `instruct_dataset` is read yet"),
+    not_yet(
+        Role::Dataset,
+        "text_completion_dataset",
+        &["torchtune.datasets.text_completion_dataset"],
+        "only `instruct_dataset` is read yet",
+    ),
+    // Checkpointers.
+    Component {
+        role: Role::Checkpointer,
+        name: "FullModelHFCheckpointer",
+        aliases: &["torchtune.training.FullModelHFCheckpointer", "torchtune.utils.FullModelHFCheckpointer"],
+        keys: &[CHECKPOINTER],
+        refused: None,
+        doc: "Weights in the Hugging Face layout.",
+    },
+    not_yet(
+        Role::Checkpointer,
+        "FullModelMetaCheckpointer",
+        &["torchtune.training.FullModelMetaCheckpointer", "torchtune.utils.FullModelMetaCheckpointer"],
+        "Meta's .pth files are not read yet; use the model's Hugging Face folder",
+    ),
+    // Optimizers.
+    Component {
+        role: Role::Optimizer,
+        name: "AdamW",
+        aliases: &["adamw", "torch.optim.AdamW"],
+        keys: &[ADAMW],
+        refused: None,
+        doc: "Adam with decoupled weight decay.",
+    },
+    not_yet(Role::Optimizer, "Adam", &["torch.optim.Adam"], "only `AdamW` is there yet"),
+    not_yet(Role::Optimizer, "SGD", &["torch.optim.SGD"], "only `AdamW` is there yet"),
+    not_yet(Role::Optimizer, "PagedAdamW8bit", &["bitsandbytes.optim.PagedAdamW8bit"], "only `AdamW` is there yet"),
+    // Schedules.
+    Component {
+        role: Role::LrScheduler,
+        name: "cosine",
+        aliases: &[
+            "get_cosine_schedule_with_warmup",
+            "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+            "torchtune.training.get_cosine_schedule_with_warmup",
+            "torchtune.modules.get_cosine_schedule_with_warmup",
+            "torchtune.modules.lr_schedulers.get_cosine_schedule_with_warmup",
+        ],
+        keys: &[COSINE],
+        refused: None,
+        doc: "Linear warm-up, then half a cosine.",
+    },
+    // Losses.
+    Component {
+        role: Role::Loss,
+        name: "cross_entropy",
+        aliases: &[
+            "LinearCrossEntropyLoss",
+            "CEWithChunkedOutputLoss",
+            "torchtune.modules.loss.LinearCrossEntropyLoss",
+            "torchtune.modules.loss.CEWithChunkedOutputLoss",
+        ],
+        keys: &[CHUNKED_LOSS],
+        refused: None,
+        doc: "Cross-entropy at label positions, projected in pieces.",
+    },
+    Component {
+        role: Role::Loss,
+        name: "CrossEntropyLoss",
+        aliases: &["torch.nn.CrossEntropyLoss"],
+        keys: &[PLAIN_LOSS],
+        refused: None,
+        doc: "Cross-entropy at label positions.",
+    },
+    // Loggers.
+    Component {
+        role: Role::MetricLogger,
+        name: "DiskLogger",
+        aliases: &["torchtune.training.metric_logging.DiskLogger", "torchtune.utils.metric_logging.DiskLogger"],
+        keys: &[DISK],
+        refused: None,
+        doc: "A log file.",
+    },
+    Component {
+        role: Role::MetricLogger,
+        name: "StdoutLogger",
+        aliases: &["torchtune.training.metric_logging.StdoutLogger", "torchtune.utils.metric_logging.StdoutLogger"],
+        keys: &[],
+        refused: None,
+        doc: "Lines on standard output.",
+    },
+    not_yet(
+        Role::MetricLogger,
+        "WandBLogger",
+        &["torchtune.training.metric_logging.WandBLogger", "torchtune.utils.metric_logging.WandBLogger"],
+        "use `DiskLogger` with `output_fmt: jsonl`",
+    ),
+    not_yet(
+        Role::MetricLogger,
+        "TensorBoardLogger",
+        &["torchtune.training.metric_logging.TensorBoardLogger", "torchtune.utils.metric_logging.TensorBoardLogger"],
+        "use `DiskLogger` with `output_fmt: jsonl`",
+    ),
+    // Profilers: known so that torchtune's section, switched off, is fine.
+    Component {
+        role: Role::Profiler,
+        name: "setup_torch_profiler",
+        aliases: &[
+            "torchtune.training.setup_torch_profiler",
+            "torchtune.utils.setup_torch_profiler",
+            "torchtune.utils.profiler",
+        ],
+        keys: &[PROFILER],
+        refused: None,
+        doc: "torch.profiler, switched off.",
+    },
+];

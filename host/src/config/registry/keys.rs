@@ -1,0 +1,154 @@
+//! The top-level keys of a training config and of a generation config.
+
+use super::{Class, Key, Role, Type, key, optional, refused, required};
+
+pub(super) const POSITIVE: Type = Type::Count { min: 1, max: u64::MAX };
+const SEED: Type = Type::Count { min: 0, max: u32::MAX as u64 };
+const ANY_NUMBER: Type = Type::Number { min: f64::NEG_INFINITY, max: f64::INFINITY };
+
+const REPLICATED: &str = "the base model is replicated and only adapters are reduced, so there is nothing to shard";
+const NOT_YET: &str = "not available yet";
+
+const DEVICE: Key = key("device", Type::OneOf(&["cpu", "cuda"]), "cuda", "Where the model runs; `cuda` is ROCm too.");
+const DTYPE: Key = key("dtype", Type::OneOf(&["bf16", "fp32"]), "bf16", "The type of weights and activations.");
+const LIMITS_KEY: Key = key("limits", Type::Section(LIMITS), "{}", "What a guest may use.");
+const OUTPUT_DIR: &str = "Everything the run writes is below this folder.";
+const CACHE_DIR: Key =
+    optional("cache_dir", Type::Text, "Where tokenised rows are kept; by default the user's cache folder.");
+
+/// What a guest may use.
+pub const LIMITS: &[Key] = &[
+    key("memory_mb", POSITIVE, "256", "Memory of the guest, in MiB."),
+    key("handles", POSITIVE, "20000", "Tensors and other handles alive at once."),
+    key(
+        "seconds",
+        Type::Number { min: 0.001, max: f64::INFINITY },
+        "30.0",
+        "Time in the guest since the host last had control.",
+    ),
+];
+
+const COMPILE_PARTS: &str = "nothing is compiled at run time: the first step is as fast as the last";
+
+pub const TRAIN: &[Key] = &[
+    required("output_dir", Type::Text, OUTPUT_DIR),
+    required("tokenizer", Type::Component(Role::Tokenizer), "How text becomes tokens."),
+    required("dataset", Type::Component(Role::Dataset), "What to train on."),
+    optional("dataset_val", Type::Component(Role::Dataset), "What to measure on."),
+    optional("run_val_every_n_steps", POSITIVE, "Validate every this many steps, besides before and after the run."),
+    optional("seed", SEED, "Decides order, dropout and starting weights; null draws one."),
+    key("shuffle", Type::Bool, "True", "Whether each epoch has its own order."),
+    key("batch_size", POSITIVE, "2", "Samples of one rank in one micro-batch."),
+    key("gradient_accumulation_steps", POSITIVE, "1", "Micro-batches of one rank in one step."),
+    key("epochs", POSITIVE, "1", "How often the data is seen."),
+    optional("max_steps_per_epoch", POSITIVE, "Ends each epoch early."),
+    required("model", Type::Component(Role::Model), "What to train."),
+    required("checkpointer", Type::Component(Role::Checkpointer), "Where weights come from and go to."),
+    key("resume_from_checkpoint", Type::Bool, "False", "Continue from the newest checkpoint of the output folder."),
+    optional("resume_from", Type::Text, "A checkpoint to continue from, instead of the newest."),
+    key("save_adapter_weights_only", Type::Bool, "False", "Write the adapter without the merged model."),
+    optional("save_every_n_steps", POSITIVE, "Checkpoint every this many steps, besides each epoch."),
+    required("optimizer", Type::Component(Role::Optimizer), "How gradients change weights."),
+    optional("lr_scheduler", Type::Component(Role::LrScheduler), "Learning rate over steps; constant when absent."),
+    required("loss", Type::Component(Role::Loss), "What is made small."),
+    optional("clip_grad_norm", Type::Any, "Largest gradient norm; `inf` logs it and clips nothing."),
+    DEVICE,
+    DTYPE,
+    optional(
+        "metric_logger",
+        Type::Component(Role::MetricLogger),
+        "Where metrics go; a file in `${output_dir}/logs` when absent.",
+    ),
+    key("log_every_n_steps", POSITIVE, "1", "Log metrics every this many steps."),
+    key("log_peak_memory_stats", Type::Bool, "False", "Log peak device memory with the metrics."),
+    key("log_level", Type::OneOf(&["DEBUG", "INFO", "WARNING", "ERROR"]), "INFO", "How much the log says."),
+    // Ours.
+    key(
+        "layout",
+        Type::OneOf(&["varlen", "padded"]),
+        "varlen",
+        "How the samples of a micro-batch are laid out; results are the same.",
+    ),
+    optional(
+        "tokens_per_microbatch",
+        POSITIVE,
+        "`varlen`: most tokens of one forward; by default batch_size times max_seq_len.",
+    ),
+    optional("compat", Type::OneOf(&["torchtune"]), "`torchtune`: its data order, adapters and moments in `dtype`."),
+    optional("recipe", Type::Any, "A mapping of settings for the recipe."),
+    LIMITS_KEY,
+    CACHE_DIR,
+    // Nothing to do here.
+    key("compile", Type::Any, "False", "torch.compile.").satisfied(COMPILE_PARTS),
+    key("enable_activation_checkpointing", Type::Bool, "False", "Recompute activations.")
+        .satisfied("it changes memory and speed, never a result, and memory is held down by other means"),
+    key("enable_activation_offloading", Type::Bool, "False", "Keep activations in CPU memory.")
+        .satisfied("it changes memory and speed, never a result"),
+    key("activation_offloading_use_streams", Type::Bool, "True", "Overlap offloading.")
+        .satisfied("nothing is offloaded"),
+    optional("ac_mode", Type::Text, "Selective activation checkpointing.")
+        .satisfied("it changes memory and speed, never a result"),
+    optional("ac_option", Type::Any, "Selective activation checkpointing.")
+        .satisfied("it changes memory and speed, never a result"),
+    key("low_cpu_ram", Type::Bool, "False", "Save with less memory.")
+        .satisfied("weights are always streamed from a memory map"),
+    key("enable_async_checkpointing", Type::Bool, "False", "Write checkpoints in the background.")
+        .satisfied("the checkpoints are the same"),
+    key("fsdp_cpu_offload", Type::Bool, "False", "Keep shards in CPU memory.").satisfied(REPLICATED),
+    key("fsdp_reshard_after_forward", Type::Bool, "True", "Free gathered shards.").satisfied(REPLICATED),
+    optional("custom_sharded_layers", Type::Texts, "Layers sharded apart.").satisfied(REPLICATED),
+    key("data_parallel_shard_dim", ANY_NUMBER, "-1", "Ranks that share one copy.").satisfied(REPLICATED),
+    key("data_parallel_replicate_dim", POSITIVE, "1", "Copies of the model.").satisfied(REPLICATED),
+    key("memory_efficient_fsdp_wrap", Type::Bool, "False", "Embedding and output sharded apart.").satisfied(REPLICATED),
+    key(
+        "collate_fn",
+        Type::OneOf(&["torchtune.data.padded_collate_sft"]),
+        "torchtune.data.padded_collate_sft",
+        "How samples form a batch.",
+    )
+    .satisfied("`layout` decides how samples are laid out"),
+    optional("profiler", Type::Component(Role::Profiler), "torch.profiler."),
+    // One value only.
+    key("optimizer_in_bwd", Type::Bool, "False", "Update inside the backward pass.")
+        .fixed("it gives up clipping and accumulation"),
+    key("resize_token_embeddings", Type::Bool, "False", "Grow the vocabulary.")
+        .fixed("the vocabulary is the checkpoint's"),
+    key("enable_fp8_training", Type::Bool, "False", "Train in 8 bits.").fixed(NOT_YET),
+    optional("fp8_recipe_name", Type::Any, "Kind of 8-bit training.").class(Class::Refused(NOT_YET)),
+    key("tensor_parallel_dim", POSITIVE, "1", "Ranks that split each layer.")
+        .fixed("every rank has the whole model; start more ranks instead"),
+    refused("tensor_parallel_plan", "every rank has the whole model"),
+    key("context_parallel_dim", POSITIVE, "1", "Ranks that split each sequence.")
+        .fixed("every rank takes whole sequences"),
+    key("context_parallel_rotate_method", Type::Text, "allgather", "How context parallel ranks talk.")
+        .satisfied("sequences are not split"),
+    refused("cudnn_deterministic_mode", "deterministic kernels cannot be demanded yet"),
+    refused("batch_size_val", "validation takes whole samples by a token budget"),
+];
+
+pub const GENERATE: &[Key] = &[
+    optional("output_dir", Type::Text, OUTPUT_DIR).satisfied("generation writes to the terminal"),
+    required("model", Type::Component(Role::Model), "What to run."),
+    required("checkpointer", Type::Component(Role::Checkpointer), "Where the weights are."),
+    optional("adapter_dir", Type::Text, "A PEFT adapter folder to apply."),
+    required("tokenizer", Type::Component(Role::Tokenizer), "How text becomes tokens."),
+    required("prompt", Type::Any, "A text as it is, or `{system, user}` for the tokenizer's template."),
+    key("max_new_tokens", POSITIVE, "300", "Most tokens to write."),
+    key(
+        "temperature",
+        Type::Number { min: 0.0, max: f64::INFINITY },
+        "0.6",
+        "Flattens (above 1) or sharpens the choice.",
+    ),
+    optional("top_k", POSITIVE, "Choose among this many; 1 is greedy, null is all."),
+    key("enable_kv_cache", Type::Bool, "True", "Keep keys and values of earlier tokens."),
+    key("echo_prompt", Type::Bool, "True", "Print the prompt before what follows it."),
+    optional("seed", SEED, "Decides the choices; null draws one."),
+    DEVICE,
+    DTYPE,
+    LIMITS_KEY,
+    key("compile", Type::Any, "False", "torch.compile.").satisfied(COMPILE_PARTS),
+    optional("quantizer", Type::Component(Role::Quantizer), "Run a quantised model.").class(Class::Refused(NOT_YET)),
+    refused("instruct_template", "it is `tokenizer.prompt_template` now"),
+    refused("chat_format", "it is `tokenizer.prompt_template` now"),
+];

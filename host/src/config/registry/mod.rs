@@ -1,0 +1,246 @@
+//! The closed vocabulary: every component and every key a config may use, and what becomes of each.
+//!
+//! Adding to it is adding a row to [`components`] or [`keys`]. A key is honoured, satisfied (it cannot change a result
+//! here, and a notice says so), fixed (one value is what we do; others are refused) or refused with a reason. `resolve`
+//! reads the honoured ones; a test compares the two, so that nothing is accepted and then ignored. Nothing outside these
+//! tables can be named in a config: a dotted path is an alias of a row and is never imported.
+
+pub mod components;
+pub mod keys;
+
+use super::suggest;
+
+/// What a component is for; a section of the config takes one role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    Model,
+    Tokenizer,
+    Template,
+    Dataset,
+    Checkpointer,
+    Optimizer,
+    LrScheduler,
+    Loss,
+    MetricLogger,
+    Profiler,
+    Quantizer,
+}
+
+impl Role {
+    pub fn noun(self) -> &'static str {
+        match self {
+            Role::Model => "model",
+            Role::Tokenizer => "tokenizer",
+            Role::Template => "template",
+            Role::Dataset => "data set",
+            Role::Checkpointer => "checkpointer",
+            Role::Optimizer => "optimizer",
+            Role::LrScheduler => "schedule",
+            Role::Loss => "loss",
+            Role::MetricLogger => "metric logger",
+            Role::Profiler => "profiler",
+            Role::Quantizer => "quantizer",
+        }
+    }
+
+    /// The noun with its article.
+    pub fn a_noun(self) -> String {
+        let article = if self == Role::Optimizer { "an" } else { "a" };
+        format!("{article} {}", self.noun())
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Type {
+    Bool,
+    /// A whole number in `min..=max`.
+    Count {
+        min: u64,
+        max: u64,
+    },
+    /// A finite number in `min..=max`.
+    Number {
+        min: f64,
+        max: f64,
+    },
+    Text,
+    OneOf(&'static [&'static str]),
+    Texts,
+    TextsOf(&'static [&'static str]),
+    Section(&'static [Key]),
+    Component(Role),
+    /// Any scalar, list or mapping; whoever reads it checks it.
+    Any,
+}
+
+impl Type {
+    /// Says what is needed, for `… must be …`.
+    pub fn expected(&self) -> String {
+        let quoted = |names: &[&str]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        match self {
+            Type::Bool => "`True` or `False`".into(),
+            Type::Count { min, max: u64::MAX } => format!("a whole number, at least {min}"),
+            Type::Count { min, max } => format!("a whole number from {min} to {max}"),
+            Type::Number { min, max } if max.is_infinite() && min.is_infinite() => "a number".into(),
+            Type::Number { min, max } if max.is_infinite() => format!("a number, at least {min}"),
+            Type::Number { min, max } => format!("a number from {min} to {max}"),
+            Type::Text => "a text".into(),
+            Type::OneOf(names) => format!("one of {}", quoted(names)),
+            Type::Texts => "a list of texts".into(),
+            Type::TextsOf(names) => format!("a list of {}", quoted(names)),
+            Type::Section(_) => "a section of keys".into(),
+            Type::Component(role) => format!("a section with `_component_: {}`", role.noun()),
+            Type::Any => "a value".into(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Class {
+    Honoured,
+    /// Any value of the type is fine, for this reason; other than the default it earns a notice.
+    Satisfied(&'static str),
+    /// As satisfied, with nothing worth saying.
+    Quiet(&'static str),
+    /// The default is what we do; any other value is refused for this reason.
+    Fixed(&'static str),
+    /// Null is ignored, everything else is refused for this reason.
+    Refused(&'static str),
+}
+
+/// One key of a section.
+#[derive(Clone, Copy, Debug)]
+pub struct Key {
+    pub name: &'static str,
+    pub ty: Type,
+    /// YAML text of the value an absent key has; `None`: the key is required.
+    pub default: Option<&'static str>,
+    pub nullable: bool,
+    pub class: Class,
+    pub doc: &'static str,
+}
+
+impl Key {
+    const fn new(name: &'static str, ty: Type, default: Option<&'static str>, doc: &'static str) -> Self {
+        Self { name, ty, default, nullable: false, class: Class::Honoured, doc }
+    }
+
+    const fn class(self, class: Class) -> Self {
+        Self { class, ..self }
+    }
+
+    const fn satisfied(self, why: &'static str) -> Self {
+        self.class(Class::Satisfied(why))
+    }
+
+    const fn fixed(self, why: &'static str) -> Self {
+        self.class(Class::Fixed(why))
+    }
+}
+
+/// A key that must be there.
+const fn required(name: &'static str, ty: Type, doc: &'static str) -> Key {
+    Key::new(name, ty, None, doc)
+}
+
+/// A key that may be left out.
+const fn key(name: &'static str, ty: Type, default: &'static str, doc: &'static str) -> Key {
+    Key::new(name, ty, Some(default), doc)
+}
+
+/// A key that may be left out or null.
+const fn optional(name: &'static str, ty: Type, doc: &'static str) -> Key {
+    Key { nullable: true, ..Key::new(name, ty, Some("null"), doc) }
+}
+
+const fn refused(name: &'static str, why: &'static str) -> Key {
+    optional(name, Type::Any, why).class(Class::Refused(why))
+}
+
+/// One name a `_component_` may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Component {
+    pub role: Role,
+    pub name: &'static str,
+    /// torchtune's paths, of v0.2.1 and of v0.6.
+    pub aliases: &'static [&'static str],
+    pub keys: &'static [&'static [Key]],
+    /// Why it cannot be used yet; `None`: it can.
+    pub refused: Option<&'static str>,
+    pub doc: &'static str,
+}
+
+impl Component {
+    pub fn key(&self, name: &str) -> Option<&'static Key> {
+        find(self.keys, name)
+    }
+}
+
+/// Finds a key in the groups of a section.
+pub fn find(groups: &[&'static [Key]], name: &str) -> Option<&'static Key> {
+    groups.iter().flat_map(|group| group.iter()).find(|key| key.name == name)
+}
+
+/// Finds a component by its name or one of torchtune's paths.
+pub fn component(name: &str) -> Option<&'static Component> {
+    components::ALL.iter().find(|component| component.name == name || component.aliases.contains(&name))
+}
+
+/// Returns what somebody who wrote `name` probably meant: a name close to it, else to the end of its path.
+pub fn similar(name: &str, role: Role) -> Option<&'static str> {
+    let of_role = || components::ALL.iter().filter(move |component| component.role == role);
+    let all = of_role().flat_map(|component| std::iter::once(&component.name).chain(component.aliases));
+    suggest::nearest(name, all.copied())
+        .or_else(|| suggest::nearest(last_segment(name), of_role().map(|component| component.name)))
+}
+
+/// Returns the usable components of a role.
+pub fn usable(role: Role) -> impl Iterator<Item = &'static str> {
+    components::ALL
+        .iter()
+        .filter(move |component| component.role == role && component.refused.is_none())
+        .map(|component| component.name)
+}
+
+fn last_segment(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
+}
+
+/// A recipe that comes with `host`.
+pub struct Recipe {
+    pub name: &'static str,
+    /// torchtune's names.
+    pub aliases: &'static [&'static str],
+    /// Written by its users in Rhai or built from Rust; `false` for a verb of `host` itself.
+    pub is_guest: bool,
+    pub configs: &'static [&'static str],
+    pub doc: &'static str,
+}
+
+pub const RECIPES: &[Recipe] = &[
+    Recipe {
+        name: "lora_distributed",
+        aliases: &["lora_finetune_distributed", "lora_finetune_single_device"],
+        is_guest: true,
+        configs: &["smollm2/135M_lora_summarize"],
+        doc: "fine-tunes adapters (LoRA), on one device or many",
+    },
+    Recipe {
+        name: "generate",
+        aliases: &[],
+        is_guest: false,
+        configs: &["smollm2/135M_generate"],
+        doc: "writes a continuation of one prompt",
+    },
+];
+
+/// Finds a shipped recipe by name or by torchtune's name for it.
+pub fn recipe(name: &str) -> Option<&'static Recipe> {
+    RECIPES.iter().find(|recipe| recipe.name == name || recipe.aliases.contains(&name))
+}
+
+/// Returns the shipped recipe somebody probably meant.
+pub fn similar_recipe(name: &str) -> Option<&'static str> {
+    let names = RECIPES.iter().flat_map(|recipe| std::iter::once(&recipe.name).chain(recipe.aliases));
+    suggest::nearest(name, names.copied())
+}

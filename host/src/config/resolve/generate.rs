@@ -1,0 +1,80 @@
+//! A generation config to a [`GeneratePlan`].
+
+use super::super::Config;
+use super::super::plan::{GeneratePlan, PromptPlan};
+use super::super::registry::keys::GENERATE;
+use super::super::section::{Found, Reader, Reported, Section};
+use super::super::yaml::{Node, Tree};
+use super::{Resolved, Surroundings, parts, resolve};
+use crate::error::Result;
+
+pub fn generate(config: &Config, around: &Surroundings<'_>) -> Result<Resolved<GeneratePlan>> {
+    resolve(config, GENERATE, |reader, _| build(reader, around))
+}
+
+pub(super) fn build(reader: &Reader<'_>, around: &Surroundings<'_>) -> Found<GeneratePlan> {
+    let root = reader.root("generate", GENERATE);
+    let model = parts::model(&root);
+    let tokenizer = parts::tokenizer(&root, around);
+    let prompt = prompt(&root);
+    let device = parts::device(&root);
+    let dtype = parts::dtype(&root);
+    let limits = parts::limits(&root);
+    let seed = parts::seed(&root, around);
+    Ok(GeneratePlan {
+        config_path: reader.config.path.clone(),
+        overrides: reader.config.overrides.clone(),
+        resolved_yaml: reader.config.to_yaml(),
+        model: model?,
+        tokenizer: tokenizer?,
+        prompt: prompt?,
+        max_new_tokens: root.get("max_new_tokens")?,
+        temperature: root.get("temperature")?,
+        top_k: root.get("top_k")?,
+        enable_kv_cache: root.get("enable_kv_cache")?,
+        echo_prompt: root.get("echo_prompt")?,
+        seed: seed?,
+        device: device?,
+        dtype: dtype?,
+        limits: limits?,
+    })
+}
+
+fn prompt(root: &Section<'_>) -> Found<PromptPlan> {
+    let fail = |found: String| {
+        root.fail(
+            "prompt",
+            format!("`prompt` must be a text, or `user` with perhaps `system`, found {found}"),
+            "`prompt: {user: \"…\"}` goes through the tokenizer's prompt template, a text is taken as it is",
+        )
+    };
+    let Some(node) = root.node("prompt")? else {
+        // Missing is said by `verify`; null is said here.
+        let is_null = root.reader.config.has("prompt");
+        return Err(if is_null { fail("null".into()) } else { Reported });
+    };
+    if let Some(text) = node.as_str() {
+        return Ok(PromptPlan::Text(text.to_owned()));
+    }
+    if let Tree::Scalar(_) | Tree::List(_) | Tree::Broken = node.tree {
+        return Err(fail(node.describe()));
+    }
+    if let Some(entry) = node.entries().iter().find(|entry| !["system", "user"].contains(&entry.key.as_str())) {
+        return Err(fail(format!("the key `{}`", entry.key)));
+    }
+    let text = |name: &str| match node.child(name) {
+        Some(value) if !value.is_null() => {
+            value.as_str().map(str::to_owned).map(Some).ok_or_else(|| describe(name, value))
+        }
+        _ => Ok(None),
+    };
+    match (text("system"), text("user")) {
+        (Ok(system), Ok(Some(user))) => Ok(PromptPlan::Messages { system, user }),
+        (Ok(_), Ok(None)) => Err(fail("no `user`".into())),
+        (Err(found), _) | (_, Err(found)) => Err(fail(found)),
+    }
+}
+
+fn describe(name: &str, node: &Node) -> String {
+    format!("{} for `{name}`", node.describe())
+}

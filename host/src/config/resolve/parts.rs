@@ -1,0 +1,227 @@
+//! Sections that training and generation share: model, tokenizer, checkpoint folder, device, limits.
+
+use std::path::PathBuf;
+
+use serde_yaml::Value;
+
+use super::super::plan::{DevicePlan, Dtype, GuestLimits, GuestRef, LoraPlan, ModelPlan, TokenizerPlan};
+use super::super::registry::keys::LIMITS;
+use super::super::registry::{self, Role};
+use super::super::section::{Found, Reported, Section};
+use super::super::yaml::{Node, Tree};
+use super::{Surroundings, guest};
+
+pub fn model(root: &Section<'_>) -> Found<ModelPlan> {
+    let checkpoint = root
+        .component("checkpointer")
+        .and_then(|section| Ok((section.get::<PathBuf>("checkpoint_dir")?, checkpoint_files(&section)?)));
+    let lora = root.component("model").and_then(|section| lora(&section));
+    let adapter_dir = if root.knows("adapter_dir") { root.get("adapter_dir") } else { Ok(None) };
+    let (checkpoint_dir, checkpoint_files) = checkpoint?;
+    Ok(ModelPlan { checkpoint_dir, checkpoint_files, lora: lora?, adapter_dir: adapter_dir? })
+}
+
+/// A list of names, or torchtune's pattern: `{filename_format: "model-{}-of-{}.safetensors", max_filename: "00030"}`.
+fn checkpoint_files(section: &Section<'_>) -> Found<Vec<String>> {
+    let Some(node) = section.node("checkpoint_files")? else {
+        return Ok(vec![]);
+    };
+    let fail = || {
+        let name = section.path("checkpoint_files");
+        section.fail(
+            "checkpoint_files",
+            format!("`{name}` must be a list of file names, found {}", node.describe()),
+            "leave it out to take the files that the folder's index names",
+        )
+    };
+    let files = match &node.tree {
+        Tree::List(items) => {
+            items.iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>().ok_or_else(fail)?
+        }
+        Tree::Map(_) => file_pattern(node).ok_or_else(|| {
+            section.fail(
+                "checkpoint_files",
+                "a pattern of checkpoint files has `filename_format` with two `{}` and `max_filename`",
+                "`{filename_format: \"model-{}-of-{}.safetensors\", max_filename: \"00030\"}`",
+            )
+        })?,
+        _ => return Err(fail()),
+    };
+    match files.iter().find(|file| !file.ends_with(".safetensors")) {
+        Some(file) => Err(section.fail(
+            "checkpoint_files",
+            format!("the weight file `{file}` is not safetensors, and only those are read yet"),
+            "take the model's safetensors files",
+        )),
+        None => Ok(files),
+    }
+}
+
+fn file_pattern(node: &Node) -> Option<Vec<String>> {
+    let format = node.child("filename_format")?.as_str()?;
+    let last = node.child("max_filename")?.as_str()?;
+    let count = last.parse::<usize>().ok().filter(|count| (1..=10_000).contains(count))?;
+    if node.entries().len() != 2 || format.matches("{}").count() != 2 {
+        return None;
+    }
+    let width = last.len();
+    Some(
+        (1..=count)
+            .map(|index| format.replacen("{}", &format!("{index:0width$}"), 1).replacen("{}", last, 1))
+            .collect(),
+    )
+}
+
+fn lora(section: &Section<'_>) -> Found<Option<LoraPlan>> {
+    if !section.knows("lora_rank") {
+        return Ok(None);
+    }
+    let modules = section.get::<Vec<String>>("lora_attn_modules")?;
+    let mut targets: Vec<String> =
+        modules.iter().map(|name| if name == "output_proj" { "o_proj".into() } else { name.clone() }).collect();
+    if section.get("apply_lora_to_mlp")? {
+        targets.extend(["gate_proj", "up_proj", "down_proj"].map(String::from));
+    }
+    if section.get("apply_lora_to_output")? {
+        targets.push("lm_head".into());
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    targets.retain(|target| seen.insert(target.clone()));
+    if targets.is_empty() {
+        return Err(section.fail(
+            "lora_attn_modules",
+            format!(
+                "`{}` is empty and neither mlp nor output has adapters, so nothing would be trained",
+                section.path("lora_attn_modules")
+            ),
+            "`lora_attn_modules: [q_proj, v_proj]`",
+        ));
+    }
+    let plan = LoraPlan {
+        rank: section.get("lora_rank")?,
+        alpha: section.get("lora_alpha")?,
+        dropout: section.get("lora_dropout")?,
+        targets,
+    };
+    if plan.dropout >= 1.0 {
+        return Err(section.fail(
+            "lora_dropout",
+            "`lora_dropout` of 1 leaves nothing of the adapter's input",
+            "0.05 is usual",
+        ));
+    }
+    Ok(Some(plan))
+}
+
+pub fn tokenizer(root: &Section<'_>, around: &Surroundings<'_>) -> Found<TokenizerPlan> {
+    let section = root.component("tokenizer")?;
+    let prompt_template = prompt_template(&section, around);
+    let path = section.get::<PathBuf>("path")?;
+    let path = if around.is_folder(&path) { path.join("tokenizer.json") } else { path };
+    Ok(TokenizerPlan { path, max_seq_len: section.get("max_seq_len")?, prompt_template: prompt_template? })
+}
+
+/// A registered name, a path to a guest, or `{_component_: either, …settings}`.
+fn prompt_template(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Option<GuestRef>> {
+    const KEY: &str = "prompt_template";
+    let Some(node) = section.node(KEY)? else {
+        return Ok(None);
+    };
+    let (name, settings) = match &node.tree {
+        Tree::Map(entries) => {
+            let Some(component) = node.entry("_component_") else {
+                return Err(section.fail(
+                    KEY,
+                    format!("`{}` maps roles to texts, which is not read yet", section.path(KEY)),
+                    "write the texts into a template script of a few lines, and give its path",
+                ));
+            };
+            let settings = entries.iter().filter(|entry| entry.key != "_component_");
+            (&component.value, json_map(settings.map(|entry| (entry.key.as_str(), &entry.value))))
+        }
+        _ => (node, serde_json::json!({})),
+    };
+    let Some(name) = name.as_str().filter(|name| !name.is_empty()) else {
+        return Err(section.fail(
+            KEY,
+            format!(
+                "`{}` must be a template's name or the path of a guest, found {}",
+                section.path(KEY),
+                name.describe()
+            ),
+            "`prompt_template: SummarizeTemplate`",
+        ));
+    };
+    Ok(Some(GuestRef { settings, ..guest(template_path(section, KEY, name, around)?) }))
+}
+
+fn template_path(section: &Section<'_>, key: &str, name: &str, around: &Surroundings<'_>) -> Found<PathBuf> {
+    if let Some(component) = registry::component(name).filter(|component| component.role == Role::Template) {
+        return around.find_guest("templates", component.name).ok_or_else(|| {
+            section.fail(
+                key,
+                format!(
+                    "the template `{name}` is not there: no `templates/{}.wasm` here or beside the program",
+                    component.name
+                ),
+                "`cargo xtask build` makes the guests",
+            )
+        });
+    }
+    let path = PathBuf::from(name);
+    let is_path = name.contains('/') || name.ends_with(".wasm") || name.ends_with(".rhai") || around.is_file(&path);
+    if is_path {
+        return Ok(path);
+    }
+    let hint = match registry::similar(name, Role::Template) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => format!(
+            "a path ends in .wasm or .rhai; names are: {}",
+            registry::usable(Role::Template).collect::<Vec<_>>().join(", ")
+        ),
+    };
+    Err(section.fail(key, format!("unknown template `{name}` in `{}`", section.path(key)), hint))
+}
+
+pub fn json_map<'a>(entries: impl Iterator<Item = (&'a str, &'a Node)>) -> serde_json::Value {
+    let to_json = |node: &Node| serde_json::to_value(node.to_value()).unwrap_or(serde_json::Value::Null);
+    serde_json::Value::Object(entries.map(|(key, node)| (key.to_owned(), to_json(node))).collect())
+}
+
+pub fn device(root: &Section<'_>) -> Found<DevicePlan> {
+    Ok(match root.get::<String>("device")?.as_str() {
+        "cpu" => DevicePlan::Cpu,
+        "cuda" => DevicePlan::Cuda,
+        _ => return Err(Reported),
+    })
+}
+
+pub fn dtype(root: &Section<'_>) -> Found<Dtype> {
+    Ok(match root.get::<String>("dtype")?.as_str() {
+        "bf16" => Dtype::Bf16,
+        "fp32" => Dtype::Fp32,
+        _ => return Err(Reported),
+    })
+}
+
+pub fn limits(root: &Section<'_>) -> Found<GuestLimits> {
+    let section = root.section("limits", LIMITS)?;
+    Ok(GuestLimits {
+        memory_mb: section.get("memory_mb")?,
+        handles: section.get("handles")?,
+        seconds: section.get("seconds")?,
+    })
+}
+
+pub fn seed(root: &Section<'_>, around: &Surroundings<'_>) -> Found<u64> {
+    Ok(root.get::<Option<u64>>("seed")?.unwrap_or(around.seed.into()))
+}
+
+/// Returns a number written as one, `inf` included.
+pub fn number(node: &Node) -> Option<f64> {
+    match &node.tree {
+        Tree::Scalar(Value::Number(number)) => number.as_f64(),
+        Tree::Scalar(Value::String(text)) if text == "inf" => Some(f64::INFINITY),
+        _ => None,
+    }
+}

@@ -1,0 +1,343 @@
+//! Configs to plans, with a made-up disk.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use super::super::plan::{ClipPlan, DataFormat, DiskFormat, Layout, MetricSink, SchedulePlan, TrainPlan};
+use super::super::registry::{Class, Role, components, keys};
+use super::*;
+
+const TRAIN: &str = include_str!("../../../../configs/smollm2/135M_lora_summarize.yaml");
+const GENERATE: &str = include_str!("../../../../configs/smollm2/135M_generate.yaml");
+
+/// Folders end in `/`.
+const DISK: &[&str] =
+    &["templates/summarize.wasm", ".demo/data/", ".demo/data/train.jsonl", ".demo/data/validation.jsonl", "model/"];
+
+fn surroundings() -> Surroundings<'static> {
+    Surroundings {
+        seed: 7,
+        cwd: "/home/me".into(),
+        shipped: vec!["/home/me".into(), "/opt/host".into()],
+        cache_dir: Some("/cache".into()),
+        kind: &|path| {
+            let name = path.to_str()?.trim_end_matches('/');
+            if DISK.contains(&name) {
+                return Some(FileKind::File);
+            }
+            DISK.contains(&format!("{name}/").as_str()).then_some(FileKind::Folder)
+        },
+    }
+}
+
+fn try_train(text: &str, overrides: &[&str]) -> Result<Resolved<TrainPlan>> {
+    let overrides: Vec<String> = overrides.iter().map(|argument| argument.to_string()).collect();
+    let config = Config::parse(text, Path::new("c.yaml"), &overrides)?;
+    train(&config, Path::new("r.wasm"), &surroundings())
+}
+
+fn plan(overrides: &[&str]) -> TrainPlan {
+    match try_train(TRAIN, overrides) {
+        Ok(resolved) => resolved.plan,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn mistakes(overrides: &[&str]) -> String {
+    try_train(TRAIN, overrides).expect_err("the config should be refused").to_string()
+}
+
+#[track_caller]
+fn check_mistake(overrides: &[&str], expected: &str) {
+    let found = mistakes(overrides);
+    assert!(found.contains(expected), "expected `{expected}` in:\n{found}");
+}
+
+fn notices(overrides: &[&str]) -> Vec<String> {
+    try_train(TRAIN, overrides).unwrap().notices.into_iter().map(|notice| notice.message).collect()
+}
+
+#[test]
+fn the_shipped_config_says_what_it_should() {
+    let plan = plan(&[]);
+    let lora = plan.model.lora.as_ref().unwrap();
+    assert_eq!((lora.rank, lora.alpha, &lora.targets[..]), (8, 16.0, &["q_proj".to_owned(), "v_proj".to_owned()][..]));
+    assert_eq!(plan.tokenizer.path, Path::new(".demo/SmolLM2-135M-Instruct/tokenizer.json"));
+    assert_eq!(plan.tokenizer.prompt_template.as_ref().unwrap().path, Path::new("templates/summarize.wasm"));
+    assert_eq!(plan.tokens_per_microbatch, 1024);
+    assert_eq!(plan.dataset.files.len(), 2);
+    assert_eq!(plan.dataset.cache_dir, Path::new("/cache"));
+    assert_eq!(plan.dataset_val.as_ref().unwrap().split, "validation[:200]");
+    assert_eq!(plan.dataset_val.unwrap().column_map, plan.dataset.column_map);
+    assert_eq!(plan.schedule, SchedulePlan::Cosine { num_warmup_steps: 6, num_cycles: 0.5 });
+    assert_eq!((plan.optimizer.lr, plan.optimizer.betas, plan.optimizer.eps), (3e-4, (0.9, 0.999), 1e-8));
+    assert_eq!(plan.checkpoint.output_dir, plan.output_dir);
+    assert!(plan.resolved_yaml.contains("path: .demo/SmolLM2-135M-Instruct/tokenizer.json"));
+    assert!(notices(&[]).is_empty());
+}
+
+#[test]
+fn the_shipped_generation_config_resolves() {
+    let config = Config::parse(GENERATE, Path::new("g.yaml"), &[]).unwrap();
+    assert!(config.is_generation());
+    let resolved = generate(&config, &surroundings()).unwrap();
+    assert!(resolved.notices.is_empty());
+    assert_eq!((resolved.plan.top_k, resolved.plan.seed, resolved.plan.max_new_tokens), (Some(1), 1234, 48));
+}
+
+#[test]
+fn a_plan_survives_json() {
+    let before = serde_json::to_value(plan(&["clip_grad_norm=inf", "limits.seconds=1.5"])).unwrap();
+    let read: TrainPlan = serde_json::from_value(before.clone()).unwrap();
+    assert_eq!(before, serde_json::to_value(read).unwrap());
+}
+
+#[test]
+fn values_land_where_they_belong() {
+    assert_eq!(plan(&["seed=null"]).seed, 7);
+    assert_eq!(plan(&["clip_grad_norm=inf"]).clip_grad_norm, Some(ClipPlan::LogOnly));
+    assert_eq!(plan(&["clip_grad_norm=.inf"]).clip_grad_norm, Some(ClipPlan::LogOnly));
+    assert_eq!(plan(&["clip_grad_norm=1"]).clip_grad_norm, Some(ClipPlan::MaxNorm(1.0)));
+    assert_eq!(plan(&["layout=padded"]).layout, Layout::Padded);
+    assert_eq!(plan(&["tokens_per_microbatch=99"]).tokens_per_microbatch, 99);
+    assert_eq!(plan(&["tokenizer.max_seq_len=null"]).tokens_per_microbatch, 4096);
+    assert_eq!(plan(&["~lr_scheduler"]).schedule, SchedulePlan::Constant);
+    assert_eq!(plan(&["optimizer.betas=[0.8, 0.95]"]).optimizer.betas, (0.8, 0.95));
+    assert_eq!(plan(&["metric_logger=StdoutLogger", "~metric_logger.log_dir"]).metrics.sink, MetricSink::Stdout);
+    let disk = MetricSink::Disk { log_dir: ".demo/out/logs".into(), format: DiskFormat::Jsonl, filename: None };
+    assert_eq!(plan(&["metric_logger.output_fmt=jsonl", "~metric_logger.log_dir"]).metrics.sink, disk);
+    assert_eq!(plan(&["recipe.beta=0.1"]).recipe.settings, serde_json::json!({"beta": 0.1}));
+    assert_eq!(plan(&["resume_from=a/step_3"]).checkpoint.resume_from.as_deref(), Some(Path::new("a/step_3")));
+    assert!(plan(&["resume_from=a/step_3"]).checkpoint.resume);
+    assert!(plan(&["compat=torchtune"]).compat_torchtune);
+    assert!(
+        plan(&[
+            "model=llama",
+            "~model.lora_attn_modules",
+            "~model.lora_rank",
+            "~model.lora_alpha",
+            "~model.lora_dropout",
+            "~model.apply_lora_to_mlp",
+            "~model.apply_lora_to_output"
+        ])
+        .model
+        .lora
+        .is_none()
+    );
+}
+
+#[test]
+fn torchtunes_names_mean_the_same() {
+    let overrides = [
+        "model=torchtune.models.llama3_1.lora_llama3_1_8b",
+        "optimizer=torch.optim.AdamW",
+        "lr_scheduler=torchtune.modules.get_cosine_schedule_with_warmup",
+        "checkpointer=torchtune.utils.FullModelHFCheckpointer",
+        "dataset=torchtune.datasets.instruct_dataset",
+        "tokenizer.prompt_template=torchtune.data.SummarizeTemplate",
+        "loss=torchtune.modules.loss.CEWithChunkedOutputLoss",
+        "metric_logger=torchtune.training.metric_logging.DiskLogger",
+    ];
+    let (ours, theirs) = (plan(&[]), plan(&overrides));
+    assert_eq!((ours.optimizer, ours.schedule, ours.loss), (theirs.optimizer, theirs.schedule, theirs.loss));
+    assert_eq!(ours.tokenizer.prompt_template, theirs.tokenizer.prompt_template);
+    assert_eq!(plan(&["loss=torch.nn.CrossEntropyLoss"]).loss.num_output_chunks, 8);
+}
+
+#[test]
+fn adapters_are_named_as_in_the_checkpoint() {
+    let overrides = [
+        "model.lora_attn_modules=[q_proj,output_proj,q_proj]",
+        "model.apply_lora_to_mlp=True",
+        "model.apply_lora_to_output=true",
+    ];
+    let targets = plan(&overrides).model.lora.unwrap().targets;
+    assert_eq!(targets, ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]);
+    check_mistake(
+        &["model.lora_attn_modules=[q_prj]"],
+        "cannot hold the text `q_prj`\n  --> command line\nhint: did you mean `q_proj`?",
+    );
+    check_mistake(&["model.lora_attn_modules=[]"], "nothing would be trained");
+}
+
+#[test]
+fn data_files_come_in_three_forms() {
+    let files = |value: &str| {
+        let data_files = format!("dataset.data_files={value}");
+        let dataset = plan(&["dataset.source=json", &data_files, "dataset_val.source=.demo/data"]).dataset;
+        assert_eq!(dataset.format, DataFormat::Jsonl);
+        dataset.files.iter().map(|file| format!("{}:{}", file.split, file.path.display())).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(files("a.jsonl"), "train:a.jsonl");
+    assert_eq!(files("[a.jsonl, b.jsonl]"), "train:a.jsonl train:b.jsonl");
+    assert_eq!(files("{train: a.jsonl, test: [b.jsonl, c.jsonl]}"), "train:a.jsonl test:b.jsonl test:c.jsonl");
+    check_mistake(&["dataset.source=json"], "needs `dataset.data_files`");
+    check_mistake(&["dataset.source=json", "dataset.data_files=3"], "found the number `3`");
+    check_mistake(&["dataset.source=json", "dataset.data_files=https://x/y.jsonl"], "is an address");
+    check_mistake(&["dataset.source=csv"], "`csv` files are not read yet");
+    check_mistake(&["dataset.source=./data"], "the data folder `./data` is not there");
+    check_mistake(&["dataset.source=yahma/alpaca-cleaned"], "data sets of the hub are not read yet");
+    check_mistake(&["dataset.source=model"], "has no train, validation or test file");
+    check_mistake(
+        &["dataset.source=.demo/data/train.jsonl"],
+        "`source: json` with `data_files: .demo/data/train.jsonl`",
+    );
+    check_mistake(&["dataset.split=trian[:5]"], "names the split `trian`");
+    check_mistake(&["dataset.split=train+test"], "the data has: train, validation");
+}
+
+#[test]
+fn column_maps_are_whole() {
+    check_mistake(&["~dataset.column_map.input"], "must give a column for each of `input` and `output`");
+    check_mistake(&["dataset.column_map.dialogue=document"], "maps `dialogue`");
+    check_mistake(&["dataset.column_map=[a,b]"], "found a list");
+    let mapped = plan(&["~dataset.column_map", "dataset_val.column_map=null"]).dataset.column_map;
+    assert_eq!(mapped, [("input".to_owned(), "input".to_owned()), ("output".to_owned(), "output".to_owned())]);
+}
+
+#[test]
+fn templates_are_names_or_files() {
+    let template = |value: &str| {
+        let argument = format!("tokenizer.prompt_template={value}");
+        plan(&[&argument]).tokenizer.prompt_template
+    };
+    assert_eq!(template("null"), None);
+    assert_eq!(template("./mine.rhai").unwrap().path, Path::new("./mine.rhai"));
+    let with_settings = template("{_component_: mine.wasm, shout: true}").unwrap();
+    assert_eq!((with_settings.path, with_settings.settings), ("mine.wasm".into(), serde_json::json!({"shout": true})));
+    check_mistake(&["tokenizer.prompt_template=SumarizeTemplate"], "did you mean `SummarizeTemplate`?");
+    check_mistake(
+        &["tokenizer.prompt_template=torchtune.data.SumarizeTemplate"],
+        "did you mean `torchtune.data.SummarizeTemplate`?",
+    );
+    check_mistake(&["tokenizer.prompt_template={user: [a, b]}"], "maps roles to texts");
+    let mut bare = surroundings();
+    bare.kind = &|_| None;
+    let config = Config::parse(TRAIN, Path::new("c.yaml"), &[]).unwrap();
+    let error = train(&config, Path::new(""), &bare).unwrap_err().to_string();
+    assert!(error.contains("no `templates/summarize.wasm` here or beside the program"), "{error}");
+}
+
+#[test]
+fn guests_are_found_here_then_beside_the_program() {
+    let mut around = surroundings();
+    around.kind = &|path| (path == Path::new("/opt/host/scripts/templates/summarize.rhai")).then_some(FileKind::File);
+    assert_eq!(
+        around.find_guest("templates", "summarize").unwrap(),
+        Path::new("/opt/host/scripts/templates/summarize.rhai")
+    );
+}
+
+#[test]
+fn the_models_folder_is_never_an_output() {
+    let model = "checkpointer.checkpoint_dir=model";
+    let redirected = plan(&[model, "checkpointer.output_dir=./model/../model/out"]);
+    assert_eq!(redirected.checkpoint.output_dir, redirected.output_dir);
+    assert!(
+        notices(&[model, "checkpointer.output_dir=/home/me/model/"])[0].starts_with("checkpoints go to `.demo/out`")
+    );
+    assert!(notices(&[model, "checkpointer.output_dir=model2"]).is_empty());
+    check_mistake(&[model, "output_dir=model/out"], "never written to");
+}
+
+#[test]
+fn what_changes_nothing_is_said_once() {
+    assert_eq!(
+        notices(&["compile=True", "optimizer.fused=True", "dataset.trust_remote_code=true", "low_cpu_ram=False"]).len(),
+        3
+    );
+    assert!(notices(&["compile=False", "dataset.packed=False"]).is_empty());
+    check_mistake(&["dataset.packed=True"], "`dataset.packed` can only be `False`: packs are not built yet");
+    check_mistake(&["optimizer_in_bwd=True"], "`optimizer_in_bwd` can only be `False`");
+    check_mistake(&["model.use_dora=True"], "DoRA is not available yet");
+    check_mistake(&["dataset.filter_fn=os.system"], "a config cannot name code");
+}
+
+#[test]
+fn keys_that_need_each_other() {
+    check_mistake(&["~dataset_val"], "`run_val_every_n_steps` needs a `dataset_val`");
+    check_mistake(&["optimizer.betas=[0.9]"], "must be two numbers");
+    check_mistake(&["clip_grad_norm=-1"], "must be a number above 0");
+    check_mistake(&["model.lora_dropout=1.0"], "leaves nothing");
+    check_mistake(&["seed=4294967296"], "a whole number from 0 to 4294967295");
+    check_mistake(&["checkpointer.checkpoint_files=[a.bin]"], "is not safetensors");
+}
+
+#[test]
+fn file_patterns_expand() {
+    let pattern =
+        r#"checkpointer.checkpoint_files={filename_format: "model-{}-of-{}.safetensors", max_filename: "00002"}"#;
+    let files = plan(&[pattern]).model.checkpoint_files;
+    assert_eq!(files, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]);
+    check_mistake(
+        &["checkpointer.checkpoint_files={filename_format: a, max_filename: \"2\"}"],
+        "a pattern of checkpoint files",
+    );
+}
+
+/// Accepted means honoured: each row of the tables that claims it is read by a resolver, and none twice by two names.
+#[test]
+fn every_honoured_key_is_read() {
+    let mut read = BTreeSet::new();
+    let train_overrides: &[&[&str]] = &[
+        &[],
+        &["model=lora_llama", "loss=torch.nn.CrossEntropyLoss", "metric_logger=StdoutLogger", "~metric_logger.log_dir"],
+        &["model=lora_llama3_8b"],
+        &["model=lora_llama3_1_8b", "profiler={_component_: setup_torch_profiler, enabled: False}"],
+    ];
+    for overrides in train_overrides {
+        let overrides: Vec<String> = overrides.iter().map(|argument| argument.to_string()).collect();
+        let config = Config::parse(TRAIN, Path::new("c.yaml"), &overrides).unwrap();
+        let reader = Reader::new(&config);
+        train::build(&reader, Path::new(""), &surroundings(), &mut vec![]).unwrap();
+        read.extend(reader.read.into_inner());
+    }
+    let config = Config::parse(GENERATE, Path::new("g.yaml"), &[]).unwrap();
+    let reader = Reader::new(&config);
+    generate::build(&reader, &surroundings()).unwrap();
+    read.extend(reader.read.into_inner());
+
+    let sections = [("train", keys::TRAIN), ("generate", keys::GENERATE), ("limits", keys::LIMITS)];
+    let components =
+        components::ALL.iter().flat_map(|component| component.keys.iter().map(|keys| (component.name, *keys)));
+    for (section, keys) in sections.into_iter().chain(components) {
+        for key in keys.iter().filter(|key| matches!(key.class, Class::Honoured)) {
+            assert!(read.contains(&(section, key.name)), "`{section}.{}` is honoured but never read", key.name);
+        }
+    }
+}
+
+#[test]
+fn the_tables_are_sound() {
+    let mut names = BTreeSet::new();
+    for component in components::ALL {
+        for name in std::iter::once(&component.name).chain(component.aliases) {
+            assert!(names.insert(*name), "`{name}` names two components");
+        }
+        let mut keys = BTreeSet::new();
+        assert!(
+            component.keys.iter().flat_map(|group| group.iter()).all(|key| keys.insert(key.name)),
+            "{}",
+            component.name
+        );
+        assert!(component.role != Role::Model || component.keys.len() <= 1);
+    }
+    for keys in [keys::TRAIN, keys::GENERATE] {
+        let mut names = BTreeSet::new();
+        assert!(keys.iter().all(|key| names.insert(key.name)));
+    }
+}
+
+proptest::proptest! {
+    /// Whatever a slip of the hand makes of a config: a plan or an error with a place, never a panic, never a bug.
+    #[test]
+    fn a_damaged_config_is_a_plan_or_an_error(at in 0usize..TRAIN.len(), length in 0usize..40, text in "([a-z0-9.:$&*{}\\[\\]~ \n'\"-]|\\PC){0,12}") {
+        let start = (0..=at).rev().find(|index| TRAIN.is_char_boundary(*index)).unwrap();
+        let end = (start + length..=TRAIN.len()).find(|index| TRAIN.is_char_boundary(*index)).unwrap_or(TRAIN.len());
+        let damaged = format!("{}{text}{}", &TRAIN[..start], &TRAIN[end..]);
+        if let Err(error) = try_train(&damaged, &[]) {
+            assert_eq!(error.kind, crate::error::Kind::Config, "{error}\n{damaged}");
+            assert!(!error.locations.is_empty(), "{error}");
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! A training config to a [`TrainPlan`].
+
+use std::path::{Path, PathBuf};
+
+use super::super::plan::{
+    CheckpointPlan, ClipPlan, DatasetPlan, DiskFormat, GuestRef, Layout, LossPlan, MetricSink, MetricsPlan,
+    OptimizerPlan, SchedulePlan, TrainPlan,
+};
+use super::super::registry::keys::TRAIN;
+use super::super::section::{Found, Reader, Section};
+use super::super::yaml::{Node, Tree};
+use super::super::{Config, Notice};
+use super::parts::{self, number};
+use super::{Resolved, Surroundings, data, guest, resolve};
+use crate::error::Result;
+
+/// `varlen` without a `max_seq_len` to go by.
+const DEFAULT_TOKENS_PER_MICROBATCH: usize = 4096;
+
+/// Resolves a config for a recipe; an empty path when there is none yet (`validate`).
+pub fn train(config: &Config, recipe: &Path, around: &Surroundings<'_>) -> Result<Resolved<TrainPlan>> {
+    resolve(config, TRAIN, |reader, notices| build(reader, recipe, around, notices))
+}
+
+pub(super) fn build(
+    reader: &Reader<'_>,
+    recipe: &Path,
+    around: &Surroundings<'_>,
+    notices: &mut Vec<Notice>,
+) -> Found<TrainPlan> {
+    let root = reader.root("train", TRAIN);
+    // Everything is asked for before anything is given up, so that every mistake is found.
+    let output_dir = root.get::<PathBuf>("output_dir");
+    let recipe_settings = recipe_settings(&root);
+    let model = parts::model(&root);
+    let tokenizer = parts::tokenizer(&root, around);
+    let datasets = datasets(&root, around);
+    let run_val_every_n_steps = run_val_every_n_steps(&root);
+    let optimizer = root.component("optimizer").and_then(|section| optimizer(&section));
+    let schedule = schedule(&root);
+    let loss = loss(&root);
+    let clip_grad_norm = clip_grad_norm(&root);
+    let metrics = metrics(&root);
+    let checkpoint = checkpoint(&root, around, notices);
+    // Known so that a section that is switched off is fine; its only key that counts is fixed.
+    let profiler =
+        root.optional_component("profiler").and_then(|section| section.map(|s| s.get::<bool>("enabled")).transpose());
+    let device = parts::device(&root);
+    let dtype = parts::dtype(&root);
+    let limits = parts::limits(&root);
+    let seed = parts::seed(&root, around);
+    let sizes = sizes(&root);
+
+    profiler?;
+    let (dataset, dataset_val) = datasets?;
+    let (model, tokenizer) = (model?, tokenizer?);
+    let batch_size = root.get::<usize>("batch_size")?;
+    let checkpoint = checkpoint?;
+    if checkpoint.adapter_only && model.lora.is_none() {
+        return Err(root.fail(
+            "save_adapter_weights_only",
+            "`save_adapter_weights_only` needs a model with adapters",
+            "take a `lora_` model, or set it to False",
+        ));
+    }
+    let tokens_per_microbatch = match root.get::<Option<usize>>("tokens_per_microbatch")? {
+        Some(tokens) => tokens,
+        None => tokenizer.max_seq_len.map_or(DEFAULT_TOKENS_PER_MICROBATCH, |length| length.saturating_mul(batch_size)),
+    };
+    let sizes = sizes?;
+    Ok(TrainPlan {
+        recipe: GuestRef { settings: recipe_settings?, ..guest(recipe.to_owned()) },
+        config_path: reader.config.path.clone(),
+        overrides: reader.config.overrides.clone(),
+        resolved_yaml: reader.config.to_yaml(),
+        output_dir: output_dir?,
+        model,
+        tokenizer,
+        dataset,
+        dataset_val,
+        run_val_every_n_steps: run_val_every_n_steps?,
+        seed: seed?,
+        shuffle: root.get("shuffle")?,
+        batch_size,
+        gradient_accumulation_steps: sizes.accumulation,
+        epochs: sizes.epochs,
+        max_steps_per_epoch: sizes.max_steps_per_epoch,
+        layout: if root.get::<String>("layout")? == "padded" { Layout::Padded } else { Layout::Varlen },
+        tokens_per_microbatch,
+        optimizer: optimizer?,
+        schedule: schedule?,
+        loss: loss?,
+        clip_grad_norm: clip_grad_norm?,
+        checkpoint,
+        metrics: metrics?,
+        device: device?,
+        dtype: dtype?,
+        compat_torchtune: root.get::<Option<String>>("compat")?.is_some(),
+        limits: limits?,
+    })
+}
+
+struct Sizes {
+    accumulation: usize,
+    epochs: usize,
+    max_steps_per_epoch: Option<usize>,
+}
+
+fn sizes(root: &Section<'_>) -> Found<Sizes> {
+    Ok(Sizes {
+        accumulation: root.get("gradient_accumulation_steps")?,
+        epochs: root.get("epochs")?,
+        max_steps_per_epoch: root.get("max_steps_per_epoch")?,
+    })
+}
+
+fn recipe_settings(root: &Section<'_>) -> Found<serde_json::Value> {
+    match root.node("recipe")? {
+        None => Ok(serde_json::json!({})),
+        Some(node) if node.is_map() => {
+            Ok(parts::json_map(node.entries().iter().map(|entry| (entry.key.as_str(), &entry.value))))
+        }
+        Some(node) => Err(root.fail(
+            "recipe",
+            format!("`recipe` must be a mapping of the recipe's settings, found {}", node.describe()),
+            "the recipe itself is named on the command line: `host run RECIPE --config CONFIG`",
+        )),
+    }
+}
+
+fn datasets(root: &Section<'_>, around: &Surroundings<'_>) -> Found<(DatasetPlan, Option<DatasetPlan>)> {
+    let cache_dir = match root.get::<Option<PathBuf>>("cache_dir")?.or_else(|| around.cache_dir.clone()) {
+        Some(cache_dir) => cache_dir,
+        None => root.get::<PathBuf>("output_dir")?.join("cache"),
+    };
+    let train = root.component("dataset").and_then(|section| data::dataset(&section, &cache_dir, around));
+    let validation = root
+        .optional_component("dataset_val")
+        .and_then(|section| section.map(|section| data::dataset(&section, &cache_dir, around)).transpose());
+    Ok((train?, validation?))
+}
+
+fn run_val_every_n_steps(root: &Section<'_>) -> Found<Option<usize>> {
+    let every = root.get::<Option<usize>>("run_val_every_n_steps")?;
+    if every.is_some() && root.node("dataset_val")?.is_none() {
+        return Err(root.fail(
+            "run_val_every_n_steps",
+            "`run_val_every_n_steps` needs a `dataset_val` to measure on",
+            "add `dataset_val`, or delete the key with `~run_val_every_n_steps`",
+        ));
+    }
+    Ok(every)
+}
+
+fn optimizer(section: &Section<'_>) -> Found<OptimizerPlan> {
+    let betas = match section.node("betas")? {
+        None => (0.9, 0.999),
+        Some(node) => betas(node).ok_or_else(|| {
+            section.fail(
+                "betas",
+                format!("`{}` must be two numbers from 0 to below 1, found {}", section.path("betas"), node.describe()),
+                "`betas: [0.9, 0.999]`",
+            )
+        })?,
+    };
+    Ok(OptimizerPlan {
+        lr: section.get("lr")?,
+        betas,
+        eps: section.get("eps")?,
+        weight_decay: section.get("weight_decay")?,
+    })
+}
+
+fn betas(node: &Node) -> Option<(f64, f64)> {
+    match &node.tree {
+        Tree::List(items) => match items.iter().map(number).collect::<Option<Vec<_>>>()?[..] {
+            [first, second] if (0.0..1.0).contains(&first) && (0.0..1.0).contains(&second) => Some((first, second)),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn schedule(root: &Section<'_>) -> Found<SchedulePlan> {
+    Ok(match root.optional_component("lr_scheduler")? {
+        None => SchedulePlan::Constant,
+        Some(section) => SchedulePlan::Cosine {
+            num_warmup_steps: section.get("num_warmup_steps")?,
+            num_cycles: section.get("num_cycles")?,
+        },
+    })
+}
+
+fn loss(root: &Section<'_>) -> Found<LossPlan> {
+    let section = root.component("loss")?;
+    // PyTorch's own loss has no such key; pieces change memory, not the loss.
+    let num_output_chunks = if section.knows("num_output_chunks") { section.get("num_output_chunks")? } else { 8 };
+    Ok(LossPlan { num_output_chunks })
+}
+
+fn clip_grad_norm(root: &Section<'_>) -> Found<Option<ClipPlan>> {
+    let Some(node) = root.node("clip_grad_norm")? else {
+        return Ok(None);
+    };
+    match number(node) {
+        Some(norm) if norm == f64::INFINITY => Ok(Some(ClipPlan::LogOnly)),
+        Some(norm) if norm > 0.0 => Ok(Some(ClipPlan::MaxNorm(norm))),
+        _ => Err(root.fail(
+            "clip_grad_norm",
+            format!("`clip_grad_norm` must be a number above 0, `inf` or null, found {}", node.describe()),
+            "`clip_grad_norm: 1.0`; `inf` logs the norm and clips nothing",
+        )),
+    }
+}
+
+fn metrics(root: &Section<'_>) -> Found<MetricsPlan> {
+    let default_dir = root.get::<PathBuf>("output_dir").map(|dir| dir.join("logs"));
+    let sink = match root.optional_component("metric_logger")? {
+        None => MetricSink::Disk { log_dir: default_dir?, format: DiskFormat::Txt, filename: None },
+        Some(section) if section.component_name() == "StdoutLogger" => MetricSink::Stdout,
+        Some(section) => MetricSink::Disk {
+            log_dir: match section.get::<Option<PathBuf>>("log_dir")? {
+                Some(log_dir) => log_dir,
+                None => default_dir?,
+            },
+            format: if section.get::<String>("output_fmt")? == "jsonl" { DiskFormat::Jsonl } else { DiskFormat::Txt },
+            filename: section.get("filename")?,
+        },
+    };
+    Ok(MetricsPlan {
+        sink,
+        log_every_n_steps: root.get("log_every_n_steps")?,
+        log_peak_memory_stats: root.get("log_peak_memory_stats")?,
+        log_level: root.get("log_level")?,
+    })
+}
+
+fn checkpoint(root: &Section<'_>, around: &Surroundings<'_>, notices: &mut Vec<Notice>) -> Found<CheckpointPlan> {
+    let section = root.component("checkpointer")?;
+    let input_dir = section.get::<PathBuf>("checkpoint_dir")?;
+    let run_dir = root.get::<PathBuf>("output_dir")?;
+    let resume_from = root.get::<Option<PathBuf>>("resume_from")?;
+    Ok(CheckpointPlan {
+        output_dir: output_dir(root, &section, &input_dir, run_dir, around, notices)?,
+        save_every_n_steps: root.get("save_every_n_steps")?,
+        keep_last_n: section.get("keep_last_n_checkpoints")?,
+        adapter_only: root.get("save_adapter_weights_only")?,
+        resume: root.get::<bool>("resume_from_checkpoint")? || resume_from.is_some(),
+        resume_from,
+    })
+}
+
+/// The input folder is never written to: torchtune v0.2.1's configs name it as output.
+fn output_dir(
+    root: &Section<'_>,
+    section: &Section<'_>,
+    input_dir: &Path,
+    run_dir: PathBuf,
+    around: &Surroundings<'_>,
+    notices: &mut Vec<Notice>,
+) -> Found<PathBuf> {
+    if around.is_within(&run_dir, input_dir) {
+        return Err(root.fail(
+            "output_dir",
+            format!(
+                "`output_dir` is the model's folder `{}` or inside it, which is never written to",
+                input_dir.display()
+            ),
+            "give the run a folder of its own",
+        ));
+    }
+    let Some(wanted) = section.get::<Option<PathBuf>>("output_dir")? else {
+        return Ok(run_dir);
+    };
+    if !around.is_within(&wanted, input_dir) {
+        return Ok(wanted);
+    }
+    notices.push(Notice {
+        message: format!(
+            "checkpoints go to `{}`: `{}` is the model's folder or inside it, which is never written to",
+            run_dir.display(),
+            section.path("output_dir"),
+        ),
+        location: root.reader.config.locate(&section.path("output_dir")),
+    });
+    Ok(run_dir)
+}

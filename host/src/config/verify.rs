@@ -1,0 +1,265 @@
+//! A config's tree against the registry: unknown keys and components, types, what is refused, what changes nothing.
+//!
+//! Knows no section by name: everything comes from the rows. What rows cannot say (two keys that need each other) is
+//! `resolve`'s.
+
+use serde_yaml::Value;
+
+use super::registry::{self, Class, Component, Key, Role, Type};
+use super::suggest;
+use super::yaml::{self, Entry, Node, Tree};
+use super::{Config, Notice};
+use crate::error::Error;
+
+/// What a pass over the tree found.
+#[derive(Default)]
+pub struct Findings {
+    pub errors: Vec<Error>,
+    pub notices: Vec<Notice>,
+}
+
+/// Checks a whole config against its top-level keys.
+pub fn verify(config: &Config, keys: &'static [Key]) -> Findings {
+    let mut verifier = Verifier { config, findings: Findings::default() };
+    verifier.section(&config.root, &[keys], "", false);
+    verifier.findings
+}
+
+struct Verifier<'a> {
+    config: &'a Config,
+    findings: Findings,
+}
+
+impl Verifier<'_> {
+    fn fail(&mut self, error: Error) {
+        self.findings.errors.push(error);
+    }
+
+    fn section(&mut self, node: &Node, groups: &[&'static [Key]], path: &str, is_component: bool) {
+        for entry in node.entries() {
+            if is_component && entry.key == "_component_" {
+                continue;
+            }
+            match registry::find(groups, &entry.key) {
+                Some(key) => self.entry(entry, key, &join(path, &entry.key)),
+                None => self.unknown_key(entry, groups, path),
+            }
+        }
+        for key in groups.iter().flat_map(|group| group.iter()) {
+            if key.default.is_none() && node.entry(key.name).is_none() {
+                let name = join(path, key.name);
+                let example = match key.ty {
+                    Type::Component(role) => format!("`{name}: {{_component_: {}}}`", example(role)),
+                    ty => format!("`{name}` is {}", ty.expected()),
+                };
+                let error = self.config.error(node.mark, format!("the key `{name}` is missing"));
+                self.fail(error.hint(format!("{example}: {}", uncapitalise(key.doc))));
+            }
+        }
+    }
+
+    fn unknown_key(&mut self, entry: &Entry, groups: &[&'static [Key]], path: &str) {
+        let error = self.config.error(entry.key_mark, format!("unknown key `{}`", join(path, &entry.key)));
+        let names =
+            || groups.iter().flat_map(|group| group.iter()).filter(|key| !matches!(key.class, Class::Refused(_)));
+        let hint = if entry.key == "<<" {
+            "write the keys out, or take a value from elsewhere with `${section.key}`".to_owned()
+        } else if let Some(near) = suggest::nearest(&entry.key, names().map(|key| key.name)) {
+            format!("did you mean `{}`?", join(path, near))
+        } else if groups.is_empty() {
+            format!("`{path}` takes no further keys")
+        } else {
+            let honoured: Vec<_> =
+                names().filter(|key| matches!(key.class, Class::Honoured)).map(|key| key.name).collect();
+            format!("keys of `{path}`: {}", honoured.join(", "))
+        };
+        self.fail(error.hint(hint));
+    }
+
+    fn entry(&mut self, entry: &Entry, key: &'static Key, path: &str) {
+        let node = &entry.value;
+        if matches!(node.tree, Tree::Broken) {
+            return;
+        }
+        if let Class::Refused(why) = key.class {
+            if !node.is_null() {
+                self.fail(
+                    self.config
+                        .error(entry.key_mark, format!("`{path}` is not supported: {why}"))
+                        .hint(format!("leave `{path}` out")),
+                );
+            }
+            return;
+        }
+        if node.is_null() && key.nullable {
+            return;
+        }
+        if !self.value(node, key, path) {
+            return;
+        }
+        let is_default = key.default.is_some_and(|default| same(&node.to_value(), &yaml::plain(default)));
+        match key.class {
+            Class::Fixed(why) if !is_default => {
+                let default = key.default.unwrap_or("null");
+                let message = format!("`{path}` can only be `{default}`: {why}");
+                self.fail(self.config.error(node.mark, message).hint(format!("set it to `{default}` or leave it out")));
+            }
+            Class::Satisfied(why) if !is_default => self.findings.notices.push(Notice {
+                message: format!("`{path}` changes nothing here: {why}"),
+                location: self.config.location(entry.key_mark),
+            }),
+            _ => {}
+        }
+    }
+
+    /// Checks a value's type; says what is wrong and returns false when it does not fit.
+    fn value(&mut self, node: &Node, key: &'static Key, path: &str) -> bool {
+        match key.ty {
+            Type::Component(role) => return self.component(node, role, path),
+            Type::Section(keys) if node.is_map() => {
+                self.section(node, &[keys], path, false);
+                return true;
+            }
+            _ => {}
+        }
+        if fits(node, &key.ty) {
+            return true;
+        }
+        if let (Type::TextsOf(names), Tree::List(items)) = (&key.ty, &node.tree) {
+            self.items(items, names, path);
+            return false;
+        }
+        let error =
+            self.config.error(node.mark, format!("`{path}` must be {}, found {}", key.ty.expected(), node.describe()));
+        self.fail(error);
+        false
+    }
+
+    /// Says which items of a list are none of `names`.
+    fn items(&mut self, items: &[Node], names: &'static [&'static str], path: &str) {
+        for item in items {
+            let text = item.as_str().unwrap_or_default();
+            if names.contains(&text) || matches!(item.tree, Tree::Broken) {
+                continue;
+            }
+            let error = self.config.error(item.mark, format!("`{path}` cannot hold {}", item.describe()));
+            self.fail(match suggest::nearest(text, names.iter().copied()) {
+                Some(near) => error.hint(format!("did you mean `{near}`?")),
+                None => error.hint(format!("it is {}", Type::TextsOf(names).expected())),
+            });
+        }
+    }
+
+    fn component(&mut self, node: &Node, role: Role, path: &str) -> bool {
+        let noun = role.noun();
+        let example = example(role);
+        if matches!(node.tree, Tree::List(_)) && role == Role::Dataset {
+            self.fail(
+                self.config
+                    .error(node.mark, format!("`{path}` is a list: several data sets are not mixed yet"))
+                    .hint("give one data set; its `data_files` may be a list"),
+            );
+            return false;
+        }
+        if !node.is_map() {
+            let error =
+                self.config.error(node.mark, format!("`{path}` must be a section of keys, found {}", node.describe()));
+            self.fail(error.hint(format!("`{path}: {{_component_: {example}}}`")));
+            return false;
+        }
+        let Some(name) = node.entry("_component_") else {
+            let error = self.config.error(node.mark, format!("`{path}` has no `_component_`, which names the {noun}"));
+            self.fail(error.hint(format!("`{path}._component_: {example}`")));
+            return false;
+        };
+        let Some(text) = name.value.as_str() else {
+            if !matches!(name.value.tree, Tree::Broken) {
+                let message =
+                    format!("`{path}._component_` must name {}, found {}", role.a_noun(), name.value.describe());
+                self.fail(self.config.error(name.value.mark, message).hint(format!("`{path}._component_: {example}`")));
+            }
+            return false;
+        };
+        match registry::component(text) {
+            Some(component) if component.role == role => self.component_keys(node, name, component, path),
+            Some(component) => {
+                let message = format!("`{text}` is {}, and `{path}` needs {}", component.role.a_noun(), role.a_noun());
+                self.fail(self.config.error(name.value.mark, message).hint(format!("`{path}._component_: {example}`")));
+                false
+            }
+            None => {
+                let error =
+                    self.config.error(name.value.mark, format!("unknown {noun} `{text}` in `{path}._component_`"));
+                let hint = match registry::similar(text, role) {
+                    Some(near) => format!("did you mean `{near}`?"),
+                    None => format!("there is: {}", registry::usable(role).collect::<Vec<_>>().join(", ")),
+                };
+                self.fail(error.hint(hint));
+                false
+            }
+        }
+    }
+
+    fn component_keys(&mut self, node: &Node, name: &Entry, component: &'static Component, path: &str) -> bool {
+        if let Some(why) = component.refused {
+            let message = format!("the {} `{}` is not supported: {why}", component.role.noun(), component.name);
+            self.fail(self.config.error(name.value.mark, message));
+            return false;
+        }
+        self.section(node, component.keys, path, true);
+        true
+    }
+}
+
+fn example(role: Role) -> &'static str {
+    registry::usable(role).next().unwrap_or("name")
+}
+
+pub fn join(path: &str, name: &str) -> String {
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
+}
+
+fn uncapitalise(text: &str) -> String {
+    let mut chars = text.trim_end_matches('.').chars();
+    // "PEFT" and "AdamW" stay as they are.
+    match (chars.next(), chars.clone().next()) {
+        (Some(first), Some(second)) if second.is_lowercase() => first.to_lowercase().chain(chars).collect(),
+        _ => text.trim_end_matches('.').to_owned(),
+    }
+}
+
+/// Equal as a person reads it: `1` is `1.0`.
+fn same(left: &Value, right: &Value) -> bool {
+    match (left.as_f64(), right.as_f64()) {
+        (Some(left), Some(right)) => left == right,
+        _ => left == right,
+    }
+}
+
+fn fits(node: &Node, ty: &Type) -> bool {
+    let scalar = match &node.tree {
+        Tree::Scalar(value) => value,
+        Tree::List(items) => {
+            return match ty {
+                Type::Texts => items.iter().all(|item| item.as_str().is_some()),
+                Type::TextsOf(names) => {
+                    items.iter().all(|item| item.as_str().is_some_and(|text| names.contains(&text)))
+                }
+                other => matches!(other, Type::Any),
+            };
+        }
+        Tree::Map(_) => return matches!(ty, Type::Any),
+        Tree::Broken => return true,
+    };
+    match ty {
+        Type::Bool => scalar.is_bool(),
+        Type::Count { min, max } => scalar.as_u64().is_some_and(|value| (*min..=*max).contains(&value)),
+        Type::Number { min, max } => {
+            scalar.as_f64().is_some_and(|value| value.is_finite() && (*min..=*max).contains(&value))
+        }
+        Type::Text => scalar.as_str().is_some_and(|text| !text.is_empty()),
+        Type::OneOf(names) => scalar.as_str().is_some_and(|text| names.contains(&text)),
+        Type::Any => true,
+        Type::Texts | Type::TextsOf(_) | Type::Section(_) | Type::Component(_) => false,
+    }
+}
