@@ -1,0 +1,180 @@
+//! Which tensor lies where: the headers of a model folder's safetensors files, checked against the files' sizes.
+//!
+//! The header is read and validated here; the data is mapped by the worker. A file shorter or longer than its header
+//! says, a name in two files, or an index that names a missing file is an error before anything is allocated.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+
+use crate::error::{Error, IoContext, Result};
+
+/// Longest safetensors header accepted: the format's own limit.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+
+/// One tensor of a model folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorEntry {
+    /// Index into [`WeightIndex::files`].
+    pub file: usize,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Byte range in the file.
+    pub start: usize,
+    pub end: usize,
+}
+
+/// Every tensor of a model folder by checkpoint name.
+#[derive(Clone, Debug)]
+pub struct WeightIndex {
+    pub files: Vec<PathBuf>,
+    pub tensors: BTreeMap<String, TensorEntry>,
+}
+
+impl WeightIndex {
+    /// Reads the headers of `files` in `dir`; with no names given, of the files the folder's own index lists, else of
+    /// `model.safetensors`.
+    pub fn open(dir: &Path, files: &[String]) -> Result<Self> {
+        let names = if files.is_empty() { listed_files(dir)? } else { files.to_vec() };
+        let mut index = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        for name in names {
+            index.add(dir.join(name))?;
+        }
+        Ok(index)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        let (metadata, data_start) = read_header(&path)?;
+        let file = self.files.len();
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let entry = TensorEntry {
+                file,
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                start: data_start + start,
+                end: data_start + end,
+            };
+            if let Some(other) = self.tensors.insert(name.clone(), entry) {
+                let first = self.files.get(other.file).unwrap_or(&path);
+                let what = format!("the tensor `{name}` is in two files");
+                return Err(Error::config(what).at_file(first).at_file(&path));
+            }
+        }
+        self.files.push(path);
+        Ok(())
+    }
+
+    /// The entry called `name`, or an error that says which files were searched.
+    pub fn get(&self, name: &str) -> Result<&TensorEntry> {
+        self.tensors.get(name).ok_or_else(|| {
+            let mut error = Error::config(format!("the checkpoint has no tensor `{name}`"));
+            for file in &self.files {
+                error = error.at_file(file);
+            }
+            error.hint("name every weight file under `checkpointer.checkpoint_files`, or leave the key out")
+        })
+    }
+}
+
+/// The files `model.safetensors.index.json` names, in order, or the single `model.safetensors`.
+fn listed_files(dir: &Path) -> Result<Vec<String>> {
+    let index = dir.join("model.safetensors.index.json");
+    if !index.exists() {
+        if dir.join("model.safetensors").exists() {
+            return Ok(vec!["model.safetensors".to_owned()]);
+        }
+        return Err(Error::config(format!("no safetensors weights in the model folder `{}`", dir.display()))
+            .hint("it needs `model.safetensors`, or `model.safetensors.index.json` and the files that names"));
+    }
+    let text = std::fs::read_to_string(&index).path_context("read", &index)?;
+    let bad = |cause: String| Error::config("the weight index cannot be used").at_file(&index).cause(cause);
+    let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+    let map = value.get("weight_map").and_then(|map| map.as_object()).ok_or_else(|| bad("no `weight_map`".into()))?;
+    let mut names = Vec::new();
+    for (tensor, file) in map {
+        let file = file.as_str().ok_or_else(|| bad(format!("`{tensor}` is not mapped to a file name")))?;
+        // A name with a separator could leave the folder.
+        if Path::new(file).file_name().is_none_or(|name| name != file) {
+            return Err(bad(format!("`{file}` is not a plain file name")));
+        }
+        names.push(file.to_owned());
+    }
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
+/// The header of one file and where its data starts.
+fn read_header(path: &Path) -> Result<(Metadata, usize)> {
+    let bad = |cause: String| {
+        Error::config(format!("`{}` is not a whole safetensors file", path.display()))
+            .cause(cause)
+            .hint("copy or download the file again")
+    };
+    let mut file = File::open(path)
+        .map_err(|error| Error::config(format!("cannot open the weight file `{}`", path.display())).cause(error))?;
+    let size = file.metadata().path_context("read the size of", path)?.len();
+    let mut prefix = [0u8; 8];
+    file.read_exact(&mut prefix).map_err(|_| bad(format!("it has {size} bytes, a header alone has more")))?;
+    let header_bytes = u64::from_le_bytes(prefix);
+    if header_bytes > MAX_HEADER_BYTES || header_bytes > size.saturating_sub(8) {
+        return Err(bad(format!("its header claims {header_bytes} bytes of a file of {size}")));
+    }
+    let mut header = vec![0u8; header_bytes as usize];
+    file.read_exact(&mut header).map_err(|error| bad(error.to_string()))?;
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| bad(error.to_string()))?;
+    let data_bytes = metadata.tensors().values().map(|info| info.data_offsets.1 as u64).max().unwrap_or(0);
+    let expected = 8 + header_bytes + data_bytes;
+    if expected != size {
+        return Err(bad(format!("its header describes {expected} bytes, the file has {size}")));
+    }
+    Ok((metadata, 8 + header_bytes as usize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::tensor::TensorView;
+
+    fn write(path: &Path, name: &str) {
+        let data = [0u8; 8];
+        let view = TensorView::new(Dtype::F32, vec![2], &data).unwrap();
+        safetensors::serialize_to_file([(name, view)], None, path).unwrap();
+    }
+
+    #[test]
+    fn finds_tensors_and_refuses_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        write(&path, "a");
+        let index = WeightIndex::open(dir.path(), &[]).unwrap();
+        let entry = index.get("a").unwrap();
+        assert_eq!((entry.shape.as_slice(), entry.end - entry.start), ([2usize].as_slice(), 8));
+        assert!(index.get("b").unwrap_err().message.contains("no tensor `b`"));
+
+        write(&dir.path().join("again.safetensors"), "a");
+        let twice = WeightIndex::open(dir.path(), &["model.safetensors".into(), "again.safetensors".into()]);
+        assert!(twice.unwrap_err().message.contains("in two files"));
+
+        let whole = std::fs::read(&path).unwrap();
+        for cut in 0..whole.len() {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            assert!(WeightIndex::open(dir.path(), &[]).is_err(), "cut at {cut}");
+        }
+        std::fs::write(&path, [&whole[..], b"tail"].concat()).unwrap();
+        assert!(WeightIndex::open(dir.path(), &[]).is_err());
+    }
+
+    #[test]
+    fn an_index_may_not_leave_its_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = dir.path().join("model.safetensors.index.json");
+        std::fs::write(&index, r#"{"weight_map": {"a": "../x.safetensors"}}"#).unwrap();
+        assert!(WeightIndex::open(dir.path(), &[]).unwrap_err().causes[0].contains("plain file name"));
+    }
+}
