@@ -1,0 +1,24 @@
+//! Rows to tokens: sources, splits, templates, tokenisation, order and layout. No tensor.
+//!
+//! [`prepare`] turns a data set of the plan into [`Tokenized`] samples; [`Order`] says in which order an epoch visits
+//! them; [`microbatches`] lays the samples of one optimizer step out for a rank. [`encode_prompt`] shares its rules with
+//! training, so that generation asks as training did.
+
+pub mod batches;
+pub mod cache;
+pub mod encode;
+pub mod order;
+pub mod samples;
+pub mod source;
+pub mod split;
+pub mod template;
+pub mod tokenize;
+
+#[cfg(test)]
+mod tests;
+
+pub use batches::{BatchLayout, MicroBatch, microbatches};
+pub use encode::{Encoder, encode_prompt};
+pub use order::Order;
+pub use samples::{IGNORE_INDEX, Report, Sample, SampleRef, Tokenized};
+pub use tokenize::prepare;

@@ -1,0 +1,206 @@
+//! Tokenised rows in memory: flat tokens, which of them carry loss, and where each sample begins.
+//!
+//! Labels are not stored: a token that carries loss is its own label, unshifted. Shifting belongs to
+//! [`super::batches`], where the ends of documents are known.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The label value of a token without loss, as PyTorch's cross-entropy has it.
+pub const IGNORE_INDEX: i64 = -100;
+
+/// One sample on its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Its place in the data set.
+    pub id: u64,
+    pub tokens: Vec<u32>,
+    /// Unshifted: `labels[i]` is `tokens[i]` or [`IGNORE_INDEX`].
+    pub labels: Vec<i32>,
+}
+
+/// One sample where it lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SampleRef<'s> {
+    pub tokens: &'s [u32],
+    /// Which tokens carry loss, one flag a token.
+    pub trained: &'s [bool],
+}
+
+/// Samples laid end to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Samples {
+    pub tokens: Vec<u32>,
+    pub trained: Vec<bool>,
+    /// Sample `i` is `offsets[i]..offsets[i + 1]`. Invariant: starts with 0, never falls, ends with `tokens.len()`.
+    pub offsets: Vec<u64>,
+}
+
+/// What happened on the way from rows to samples.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Bad rows left out under `on_bad_row: skip`.
+    pub bad_rows: u64,
+    /// Where and why, for the first few of them.
+    pub first_bad_rows: Vec<String>,
+    /// Rows the template left out on purpose.
+    pub left_out: u64,
+    /// Samples cut to `max_seq_len`.
+    pub cut: u64,
+    /// Samples without any label, usually because the cut took them.
+    pub without_labels: u64,
+}
+
+/// What is worth telling a person, in one line; empty when every row became a whole sample.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { bad_rows, first_bad_rows, left_out, cut, without_labels } = self;
+        let places = format!("skipped ({})", first_bad_rows.join("; "));
+        let counts = [
+            (*bad_rows, "bad row", places.as_str()),
+            (*left_out, "row", "left out by the template"),
+            (*cut, "sample", "cut to `max_seq_len`"),
+            (*without_labels, "sample", "without a token to learn"),
+        ];
+        let mut comma = "";
+        for (count, what, became) in counts.into_iter().filter(|(count, ..)| *count > 0) {
+            write!(f, "{comma}{count} {what}{} {became}", if count == 1 { "" } else { "s" })?;
+            comma = ", ";
+        }
+        Ok(())
+    }
+}
+
+/// A data set ready for training: its samples, numbered from 0 in the order of its rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tokenized {
+    pub(super) samples: Samples,
+    pub report: Report,
+    pub from_cache: bool,
+    pub(super) digest: String,
+}
+
+impl Tokenized {
+    pub(super) fn new(samples: Samples, report: Report) -> Self {
+        let digest = samples.digest();
+        Self { samples, report, from_cache: false, digest }
+    }
+
+    /// A data set made of samples that exist already; they are numbered anew.
+    pub fn from_samples(list: impl IntoIterator<Item = Sample>) -> Self {
+        let (mut samples, mut report) = (Samples::default(), Report::default());
+        for Sample { id: _, tokens, labels } in list {
+            let trained: Vec<bool> = labels.iter().map(|&label| i64::from(label) != IGNORE_INDEX).collect();
+            samples.push(&tokens, &trained);
+            let last = samples.get(samples.len() - 1);
+            report.without_labels += u64::from(!last.has_labels());
+        }
+        Self::new(samples, report)
+    }
+
+    pub fn len(&self) -> usize {
+        self.samples.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn get(&self, index: usize) -> SampleRef<'_> {
+        self.samples.get(index)
+    }
+
+    pub fn sample(&self, index: usize) -> Sample {
+        let found = self.get(index);
+        Sample { id: index as u64, tokens: found.tokens.to_vec(), labels: found.labels() }
+    }
+
+    /// How many tokens sample `index` has.
+    pub fn length(&self, index: usize) -> usize {
+        self.samples.length(index)
+    }
+
+    /// How many tokens all samples have together.
+    pub fn num_tokens(&self) -> usize {
+        self.samples.tokens.len()
+    }
+
+    /// The highest token id, which the model's vocabulary has to cover.
+    pub fn max_token(&self) -> Option<u32> {
+        self.samples.tokens.iter().max().copied()
+    }
+
+    /// Rows that became no sample, bad ones and those the template left out.
+    pub fn skipped(&self) -> u64 {
+        self.report.bad_rows + self.report.left_out
+    }
+
+    /// Hex digest of the samples: equal exactly where the same tokens carry the same loss.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+}
+
+impl Default for Samples {
+    fn default() -> Self {
+        Self { tokens: vec![], trained: vec![], offsets: vec![0] }
+    }
+}
+
+impl Samples {
+    pub fn push(&mut self, tokens: &[u32], trained: &[bool]) {
+        assert_eq!(tokens.len(), trained.len(), "one flag a token");
+        self.tokens.extend_from_slice(tokens);
+        self.trained.extend_from_slice(trained);
+        self.offsets.push(self.tokens.len() as u64);
+    }
+
+    pub fn append(&mut self, other: &Samples) {
+        let base = self.tokens.len() as u64;
+        self.tokens.extend_from_slice(&other.tokens);
+        self.trained.extend_from_slice(&other.trained);
+        self.offsets.extend(other.offsets[1..].iter().map(|offset| base + offset));
+    }
+
+    pub fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    pub fn get(&self, index: usize) -> SampleRef<'_> {
+        let range = self.offsets[index] as usize..self.offsets[index + 1] as usize;
+        SampleRef { tokens: &self.tokens[range.clone()], trained: &self.trained[range] }
+    }
+
+    pub fn length(&self, index: usize) -> usize {
+        (self.offsets[index + 1] - self.offsets[index]) as usize
+    }
+
+    fn digest(&self) -> String {
+        // One write a few thousand values: the hash is fastest on long runs.
+        fn feed<T: Copy, const N: usize>(hasher: &mut blake3::Hasher, values: &[T], bytes: fn(T) -> [u8; N]) {
+            hasher.update(&(values.len() as u64).to_le_bytes());
+            for chunk in values.chunks(1 << 14) {
+                hasher.update(chunk.iter().map(|&value| bytes(value)).collect::<Vec<_>>().as_flattened());
+            }
+        }
+        let mut hasher = blake3::Hasher::new();
+        feed(&mut hasher, &self.tokens, u32::to_le_bytes);
+        feed(&mut hasher, &self.trained, |trained| [u8::from(trained)]);
+        feed(&mut hasher, &self.offsets, u64::to_le_bytes);
+        hasher.finalize().to_hex().to_string()
+    }
+}
+
+impl SampleRef<'_> {
+    /// Unshifted: `labels[i]` is `tokens[i]` or [`IGNORE_INDEX`].
+    pub fn labels(&self) -> Vec<i32> {
+        let label = |(&token, &trained): (&u32, &bool)| if trained { token as i32 } else { IGNORE_INDEX as i32 };
+        self.tokens.iter().zip(self.trained).map(label).collect()
+    }
+
+    /// Whether any token can be learned: the first one cannot, nothing comes before it.
+    pub fn has_labels(&self) -> bool {
+        self.trained.iter().skip(1).any(|&trained| trained)
+    }
+}

@@ -1,0 +1,449 @@
+//! The data path end to end, on files: from rows to the tokens torchtune makes of them, and everything bad input does.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow::array::{ArrayRef, Float64Array, Int64Array, ListArray, RecordBatch, StringArray};
+use arrow::datatypes::Int32Type;
+use serde_json::Value;
+
+use super::template::{Message, OpenTemplate, Outcome, Role, Row, RowTemplate};
+use super::*;
+use crate::config::plan::{DataFile, DataFormat, DatasetPlan, OnBadRow, TokenizerPlan};
+use crate::error::Result;
+use crate::tokenizer::Tokenizer;
+
+pub(super) fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures").join(name)
+}
+
+pub(super) fn fixture_json(name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(fixture(name)).unwrap()).unwrap()
+}
+
+/// The rows of the recorded runs.
+pub(super) fn golden_data() -> Tokenized {
+    let golden = fixture_json("golden/rows-tokens-240.json");
+    let sample = |(id, row): (usize, &Value)| Sample {
+        id: id as u64,
+        tokens: serde_json::from_value(row["tokens"].clone()).unwrap(),
+        labels: serde_json::from_value(row["labels"].clone()).unwrap(),
+    };
+    Tokenized::from_samples(golden["rows"].as_array().unwrap().iter().enumerate().map(sample))
+}
+
+/// Torchtune's SummarizeTemplate; a document `skip` is left out, `fail` is bad, `empty` has no messages.
+struct Summarize;
+
+impl OpenTemplate for Summarize {
+    fn open(&self) -> Result<Box<dyn RowTemplate>> {
+        Ok(Box::new(Summarize))
+    }
+
+    fn digest(&self) -> String {
+        "summarize".to_owned()
+    }
+}
+
+impl RowTemplate for Summarize {
+    fn configure(&mut self, columns: &[String]) -> Result<()> {
+        assert_eq!(columns, ["input", "output"]);
+        Ok(())
+    }
+
+    fn render(&mut self, rows: &[Row]) -> Result<Vec<Outcome>> {
+        Ok(rows.iter().map(summarize).collect())
+    }
+}
+
+fn summarize(row: &Row) -> Outcome {
+    let [Some(document), summary] = row.cells.as_slice() else { return Outcome::Fail("no `input`".to_owned()) };
+    match document.as_str() {
+        "skip" => return Outcome::Skip("asked to".to_owned()),
+        "fail" => return Outcome::Fail("asked to fail".to_owned()),
+        "empty" => return Outcome::Keep(vec![]),
+        _ => {}
+    }
+    let parts = ["Summarize this dialogue:\n", document, "\n---\nSummary:\n"].map(str::to_owned);
+    let asked = Message { role: Role::User, parts: parts.to_vec(), train: None };
+    let answer = summary.clone().map(|summary| Message { role: Role::Assistant, parts: vec![summary], train: None });
+    Outcome::Keep(std::iter::once(asked).chain(answer).collect())
+}
+
+/// A data set in a folder of its own, with the settings most tests want.
+struct Case {
+    folder: tempfile::TempDir,
+    plan: DatasetPlan,
+    max_seq_len: Option<usize>,
+}
+
+impl Case {
+    fn new(format: DataFormat) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let plan = DatasetPlan {
+            files: vec![],
+            format,
+            split: "train".to_owned(),
+            column_map: [("input", "document"), ("output", "summary")]
+                .map(|(a, b)| (a.to_owned(), b.to_owned()))
+                .to_vec(),
+            train_on_input: false,
+            on_bad_row: OnBadRow::Error,
+            cache_dir: folder.path().join("cache"),
+        };
+        Self { folder, plan, max_seq_len: None }
+    }
+
+    fn jsonl(text: &str) -> Self {
+        Self::new(DataFormat::Jsonl).file("train", text)
+    }
+
+    fn file(mut self, split: &str, content: impl AsRef<[u8]>) -> Self {
+        let path = self.folder.path().join(format!("{}.data", self.plan.files.len()));
+        std::fs::write(&path, content).unwrap();
+        self.plan.files.push(DataFile { split: split.to_owned(), path });
+        self
+    }
+
+    fn split(mut self, split: &str) -> Self {
+        self.plan.split = split.to_owned();
+        self
+    }
+
+    fn prepare(&self) -> Result<Tokenized> {
+        let tokenizer = TokenizerPlan {
+            path: fixture("tiny-llama/tokenizer.json"),
+            max_seq_len: self.max_seq_len,
+            prompt_template: None,
+        };
+        prepare(&self.plan, &tokenizer, &tiny(), &Summarize)
+    }
+
+    #[track_caller]
+    fn check_error(&self, expected: &str) {
+        let error = self.prepare().unwrap_err();
+        let text = error.to_string().replace(&format!("{}/", self.folder.path().display()), "");
+        assert_eq!(error.exit_code(), 2, "{text}");
+        assert_eq!(text.trim(), expected.trim());
+        assert!(!self.folder.path().join("cache").read_dir().is_ok_and(|mut files| {
+            files.any(|file| file.unwrap().path().extension().is_some_and(|suffix| suffix == "safetensors"))
+        }));
+    }
+}
+
+fn tiny() -> Tokenizer {
+    Tokenizer::open(&fixture("tiny-llama/tokenizer.json")).unwrap()
+}
+
+fn rows(documents: &[&str]) -> String {
+    documents
+        .iter()
+        .map(|document| format!("{}\n", serde_json::json!({"document": document, "summary": "s"})))
+        .collect()
+}
+
+/// Which documents the samples are of.
+fn documents(data: &Tokenized) -> Vec<String> {
+    let text = |i| tiny().decode(data.get(i).tokens).unwrap();
+    let document = |text: String| text.lines().nth(1).unwrap().to_owned();
+    (0..data.len()).map(|i| document(text(i))).collect()
+}
+
+#[test]
+fn tokens_are_those_torchtune_makes() {
+    let expected = fixture_json("tokens/expected.json");
+    let cases = expected["cases"].as_array().unwrap();
+    let mut case = Case::jsonl(&std::fs::read_to_string(fixture("tokens/rows.jsonl")).unwrap());
+    for expected in cases {
+        case.max_seq_len = expected["max_seq_len"].as_u64().map(|limit| limit as usize);
+        case.plan.train_on_input = expected["train_on_input"].as_bool().unwrap();
+        let data = case.prepare().unwrap();
+        let sample = data.get(expected["row"].as_u64().unwrap() as usize);
+        let tokens: Vec<u32> = serde_json::from_value(expected["tokens"].clone()).unwrap();
+        let runs: Vec<(usize, usize)> = serde_json::from_value(expected["trained"].clone()).unwrap();
+        let trained = (0..tokens.len()).map(|i| runs.iter().any(|&(start, end)| (start..end).contains(&i)));
+        assert_eq!(sample.tokens, tokens, "{expected}");
+        assert_eq!(sample.trained, trained.collect::<Vec<_>>(), "{expected}");
+    }
+    assert!(cases.len() >= 60);
+}
+
+#[test]
+fn a_prompt_is_how_the_training_row_begins() {
+    let text = std::fs::read_to_string(fixture("tokens/rows.jsonl")).unwrap();
+    let data = Case::jsonl(&text).prepare().unwrap();
+    for (i, line) in text.lines().enumerate() {
+        let row: Value = serde_json::from_str(line).unwrap();
+        let cells = |summary| Row { id: 0, cells: vec![row["document"].as_str().map(str::to_owned), summary] };
+        let sample = data.get(i);
+        let asked = sample.trained.iter().position(|&trained| trained).unwrap();
+        // With and without an answer: a prompt never has one.
+        for row in [cells(None), cells(Some("an answer".to_owned()))] {
+            let Outcome::Keep(messages) = summarize(&row) else { panic!() };
+            assert_eq!(encode_prompt(&tiny(), &messages).unwrap(), sample.tokens[..asked]);
+        }
+    }
+}
+
+#[test]
+fn cut_samples_are_counted() {
+    let long = "word ".repeat(40);
+    let mut case = Case::jsonl(&rows(&["short", &long, &long]));
+    case.max_seq_len = Some(30);
+    let data = case.prepare().unwrap();
+    assert_eq!((data.report.cut, data.report.without_labels), (2, 2));
+    assert_eq!(data.report.to_string(), "2 samples cut to `max_seq_len`, 2 samples without a token to learn");
+    assert_eq!((data.length(0), data.length(1)), (data.sample(0).tokens.len(), 30));
+    assert_eq!(data.max_token(), Some(4089));
+}
+
+#[test]
+fn messages_decide_what_is_trained() {
+    let tokenizer = tiny();
+    let message = |role, train| Message { role, parts: vec!["x".to_owned()], train };
+    let trained = |messages: &[Message], train_on_input| {
+        let encoder = Encoder { tokenizer: &tokenizer, max_seq_len: None, train_on_input };
+        encoder.sample(messages).unwrap().trained
+    };
+    use Role::{Assistant, System, User};
+    let turns = [System, User, Assistant, User, Assistant].map(|role| message(role, None));
+    // BOS, one token a message, EOS.
+    assert_eq!(trained(&turns, false), [false, false, false, true, false, true, true]);
+    assert_eq!(trained(&turns, true), [false, false, true, true, true, true, true]);
+    let said = [message(System, Some(true)), message(User, Some(true)), message(Assistant, Some(false))];
+    assert_eq!(trained(&said, false), [true, true, true, false, false]);
+}
+
+#[test]
+fn many_rows_keep_their_order() {
+    let names: Vec<String> = (0..2000).map(|i| format!("row {i}")).collect();
+    let text = rows(&names.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(documents(&Case::jsonl(&text).prepare().unwrap()), names);
+    let case = Case::jsonl(&text).file("test", rows(&["t0", "t1"])).file("train", rows(&["more 0", "more 1"]));
+    let data = case.split("train[1999:]+test[-1:]+train[:1]").prepare().unwrap();
+    assert_eq!(documents(&data), ["row 1999", "more 0", "more 1", "t1", "row 0"]);
+}
+
+#[test]
+fn parquet_gives_the_same_samples_as_jsonl() {
+    let documents: Vec<String> = (0..3000).map(|i| format!("document {i} café")).collect();
+    let batch = RecordBatch::try_from_iter([
+        ("id", Arc::new(Int64Array::from_iter_values(0..3000)) as ArrayRef),
+        ("summary", Arc::new(Int64Array::from_iter_values((0..3000).map(|i| i * i))) as ArrayRef),
+        ("score", Arc::new(Float64Array::from_iter_values((0..3000).map(f64::from))) as ArrayRef),
+        ("document", Arc::new(StringArray::from_iter_values(&documents)) as ArrayRef),
+    ]);
+    let case = Case::new(DataFormat::Parquet).file("train", parquet(&batch.unwrap())).split("train[1000:2500]");
+    let text: String =
+        (0..3000).map(|i| format!("{{\"document\": \"{}\", \"summary\": {}}}\n", documents[i], i * i)).collect();
+    let data = case.prepare().unwrap();
+    assert_eq!(data.len(), 1500);
+    assert_eq!(data.digest(), Case::jsonl(&text).split("train[1000:2500]").prepare().unwrap().digest());
+}
+
+fn parquet(batch: &RecordBatch) -> Vec<u8> {
+    let mut bytes = vec![];
+    let properties =
+        parquet::file::properties::WriterProperties::builder().set_max_row_group_row_count(Some(700)).build();
+    let mut writer = parquet::arrow::ArrowWriter::try_new(&mut bytes, batch.schema(), Some(properties)).unwrap();
+    writer.write(batch).unwrap();
+    writer.close().unwrap();
+    bytes
+}
+
+#[test]
+fn bad_rows_name_file_and_row() {
+    let second = |line: &str| Case::jsonl(&format!("{}\n{line}\n", rows(&["fine"])));
+    let hint = "hint: repair the row, or leave such rows out with `dataset.on_bad_row: skip`";
+    for (line, cause) in [
+        (r#"{"document": null, "summary": "s"}"#, "`document` is null, text is needed"),
+        (r#"{"document": "d"}"#, "`summary` is missing"),
+        (r#"{"document": ["d"], "summary": "s"}"#, "`document` is a list, text is needed"),
+        (r#"["d", "s"]"#, "the line is a list, not an object"),
+        (r#"{"document": "#, "the line is not JSON: EOF while parsing a value at column 12"),
+        (r#"{"document": "fail", "summary": "s"}"#, "asked to fail"),
+        (r#"{"document": "empty", "summary": "s"}"#, "the template made no message of it"),
+    ] {
+        // The blank line counts: the row is on line 3.
+        second(line)
+            .check_error(&format!("error: line 3 of `0.data` is a bad row\n  --> 0.data:3\ncause: {cause}\n{hint}"));
+    }
+    let latin = [rows(&["fine"]).as_bytes(), b"{\"document\": \"caf\xe9\", \"summary\": \"s\"}\n"].concat();
+    let error = Case::new(DataFormat::Jsonl).file("train", latin).prepare().unwrap_err().to_string();
+    assert!(error.contains("0.data:2") && error.contains("the line is not JSON: invalid unicode"), "{error}");
+}
+
+#[test]
+fn the_first_bad_row_is_reported_however_many_threads_there_are() {
+    let mut documents = vec!["fine"; 3000];
+    documents[700] = "fail";
+    documents[2999] = "fail";
+    let error = Case::jsonl(&rows(&documents)).prepare().unwrap_err().to_string();
+    assert!(error.contains("0.data:701"), "{error}");
+}
+
+#[test]
+fn bad_rows_can_be_skipped_and_are_counted() {
+    let text = rows(&["a", "fail", "b", "skip", "empty", "c"]) + "nonsense\n\n" + &rows(&["d"]);
+    let mut case = Case::jsonl(&text);
+    case.plan.on_bad_row = OnBadRow::Skip;
+    for from_cache in [false, true] {
+        let data = case.prepare().unwrap();
+        assert_eq!(data.from_cache, from_cache);
+        assert_eq!(documents(&data), ["a", "b", "c", "d"]);
+        assert_eq!((data.report.bad_rows, data.report.left_out, data.skipped()), (3, 1, 4));
+        let places: Vec<_> = data.report.first_bad_rows.iter().map(|row| row.rsplit_once("data:").unwrap().1).collect();
+        assert_eq!(places[..2], ["2: asked to fail", "5: the template made no message of it"]);
+        assert!(places[2].starts_with("7: the line is not JSON"));
+        let text = data.report.to_string();
+        assert!(text.starts_with("3 bad rows skipped ("), "{text}");
+        assert!(text.ends_with("), 1 row left out by the template"), "{text}");
+    }
+    case.plan.files.clear();
+    let case = case.file("train", rows(&["fail", "skip"]));
+    let error = case.prepare().unwrap_err().to_string();
+    assert!(error.contains("1 bad rows skipped, 1 left out by the template, none kept"), "{error}");
+}
+
+#[test]
+fn wrong_data_sets_are_config_errors() {
+    Case::jsonl("\n \n").check_error("error: the data set has no rows in split `train`\n  --> 0.data");
+    Case::jsonl(r#"{"text": "t", "summary": "s"}"#).check_error(
+        "error: the data has no column `document`\n  --> 0.data\n\
+         hint: its columns are `text`, `summary`; `dataset.column_map` says which to take",
+    );
+    Case::jsonl("[\n{\"document\": \"d\"}\n]\n").split("train").plan_skips().check_error(
+        "error: the data has no column `summary`\n  --> 0.data\n\
+         hint: its columns are `document`; `dataset.column_map` says which to take",
+    );
+    Case::jsonl("some text\nand more\n").check_error(
+        "error: `0.data` is not a jsonl file: none of its first lines is a JSON object\n\
+         hint: each line has to be one object, such as {\"document\": \"…\", \"summary\": \"…\"}",
+    );
+    Case::jsonl(&rows(&["a"]))
+        .split("valid")
+        .check_error("error: split `valid`: the data set has no split `valid`\nhint: it has `train`");
+    let mut cut = Case::jsonl(&rows(&["a long document, longer than what is kept of it"]));
+    cut.max_seq_len = Some(12);
+    cut.check_error(
+        "error: split `train` of the data set has nothing to learn from: no sample has a token that carries loss\n\
+         hint: raise `tokenizer.max_seq_len` if it cuts the answers away; check what the template marks as answer",
+    );
+    cut.max_seq_len = Some(1);
+    cut.check_error("error: `tokenizer.max_seq_len` is below 2, which leaves nothing to learn");
+
+    let mut missing = Case::jsonl("");
+    missing.plan.files[0].path = missing.folder.path().join("absent.jsonl");
+    missing
+        .check_error("error: cannot read the data file `absent.jsonl`\ncause: No such file or directory (os error 2)");
+    let error = Case::new(DataFormat::Parquet).file("train", "not parquet").prepare().unwrap_err().to_string();
+    assert!(error.contains("as parquet\ncause: "), "{error}");
+    let lists = ListArray::from_iter_primitive::<Int32Type, _, _>([Some(vec![Some(1)])]);
+    let batch = RecordBatch::try_from_iter([
+        ("document", Arc::new(lists) as ArrayRef),
+        ("summary", Arc::new(StringArray::from(vec!["s"])) as ArrayRef),
+    ]);
+    let error = Case::new(DataFormat::Parquet).file("train", parquet(&batch.unwrap())).prepare().unwrap_err();
+    assert!(error.to_string().contains("column `document` holds List"), "{error}");
+}
+
+impl Case {
+    fn plan_skips(mut self) -> Self {
+        self.plan.on_bad_row = OnBadRow::Skip;
+        self
+    }
+}
+
+#[test]
+fn null_in_parquet_is_a_bad_row() {
+    let batch = RecordBatch::try_from_iter_with_nullable([
+        ("document", Arc::new(StringArray::from(vec![Some("a"), None, Some("c")])) as ArrayRef, true),
+        ("summary", Arc::new(StringArray::from(vec!["x", "y", "z"])) as ArrayRef, true),
+    ]);
+    let case = Case::new(DataFormat::Parquet).file("train", parquet(&batch.unwrap()));
+    case.check_error(
+        "error: row 2 of `0.data` is a bad row\n  --> 0.data\ncause: `document` is null, text is needed\n\
+         hint: repair the row, or leave such rows out with `dataset.on_bad_row: skip`",
+    );
+    assert_eq!(documents(&case.plan_skips().prepare().unwrap()), ["a", "c"]);
+}
+
+#[test]
+fn the_cache_is_used_only_for_the_same_tokens() {
+    let mut case = Case::jsonl(&rows(&["a", "b", "c"]));
+    let first = case.prepare().unwrap();
+    assert!(!first.from_cache);
+    let again = case.prepare().unwrap();
+    assert!(again.from_cache);
+    assert_eq!(again.digest(), first.digest());
+
+    case.plan.train_on_input = true;
+    assert!(!case.prepare().unwrap().from_cache);
+    case.max_seq_len = Some(17);
+    assert!(!case.prepare().unwrap().from_cache);
+    case.plan.split = "train[:2]".to_owned();
+    assert!(!case.prepare().unwrap().from_cache);
+    case.plan.column_map.swap(0, 1);
+    case.plan.column_map[0].0 = "input".to_owned();
+    case.plan.column_map[1].0 = "output".to_owned();
+    assert!(!case.prepare().unwrap().from_cache);
+    std::fs::write(&case.plan.files[0].path, rows(&["a", "b", "d"])).unwrap();
+    assert!(!case.prepare().unwrap().from_cache);
+    assert!(case.prepare().unwrap().from_cache);
+}
+
+#[test]
+fn a_damaged_cache_is_built_again() {
+    let case = Case::jsonl(&rows(&["a", "b", "c"]));
+    let first = case.prepare().unwrap();
+    let entry = || {
+        let files = case.plan.cache_dir.read_dir().unwrap().map(|file| file.unwrap().path());
+        files.into_iter().find(|path| path.extension().is_some_and(|suffix| suffix == "safetensors")).unwrap()
+    };
+    let mut bytes = std::fs::read(entry()).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(entry(), bytes).unwrap();
+    let second = case.prepare().unwrap();
+    assert!(!second.from_cache);
+    assert_eq!(second.digest(), first.digest());
+    assert!(case.prepare().unwrap().from_cache);
+}
+
+#[test]
+fn ranks_that_start_together_build_the_cache_once() {
+    let names: Vec<String> = (0..1500).map(|i| format!("row {i}")).collect();
+    let case = Case::jsonl(&rows(&names.iter().map(String::as_str).collect::<Vec<_>>()));
+    let results: Vec<Tokenized> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..4).map(|_| scope.spawn(|| case.prepare().unwrap())).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    assert_eq!(results.iter().filter(|data| !data.from_cache).count(), 1);
+    assert!(results.iter().all(|data| data.digest() == results[0].digest()));
+}
+
+/// A folder that cannot be written to costs time, not the run.
+#[test]
+fn without_a_cache_it_still_works() {
+    let mut case = Case::jsonl(&rows(&["a"]));
+    case.plan.cache_dir = case.plan.files[0].path.join("not a folder");
+    for _ in 0..2 {
+        assert!(!case.prepare().unwrap().from_cache);
+    }
+}
+
+#[test]
+fn a_failing_template_ends_the_run_with_its_own_error() {
+    struct Broken;
+    impl OpenTemplate for Broken {
+        fn open(&self) -> Result<Box<dyn RowTemplate>> {
+            Err(crate::Error::run("the template does not open"))
+        }
+        fn digest(&self) -> String {
+            String::new()
+        }
+    }
+    let case = Case::jsonl(&rows(&["a"; 2000]));
+    let plan = TokenizerPlan { path: PathBuf::new(), max_seq_len: None, prompt_template: None };
+    let error = prepare(&case.plan, &plan, &tiny(), &Broken).unwrap_err();
+    assert_eq!(error.to_string(), "error: the template does not open");
+}
