@@ -1,0 +1,223 @@
+//! The worker processes: started, watched, signalled and always reaped.
+//!
+//! One thread polls. A signal goes only to a process that has not been reaped, so never to a stranger with its number;
+//! 20 ms of delay at the end of a run cost less than the races of one waiting thread per worker.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::error::{Error, Result};
+use crate::worker::{Report, WorkerEnv, since_epoch};
+
+const POLL: Duration = Duration::from_millis(20);
+/// From the SIGTERM after a rank's death to the SIGKILL.
+pub(super) const GRACE: Duration = Duration::from_secs(4);
+/// From the SIGKILL to giving up on a process that the kernel does not let die.
+const LAST_WAIT: Duration = Duration::from_secs(3);
+/// One Ctrl-C may arrive more than once: from the terminal, and forwarded by a program that started us.
+const SAME_KEYSTROKE: Duration = Duration::from_secs(1);
+/// For the last lines of ended workers, which a grandchild can keep from ending.
+const LAST_LINES: Duration = Duration::from_millis(500);
+
+/// How one rank ended.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub rank: usize,
+    /// `None`: still there after SIGKILL, or reaped by somebody else.
+    pub status: Option<ExitStatus>,
+    pub report: Option<Report>,
+    /// Since the epoch, to be compared with a report's time.
+    pub at: Duration,
+    /// Which poll saw it; ranks of one poll ended at the same time as far as we know.
+    pub poll: u64,
+    /// The signals we sent before it ended.
+    pub sent: Vec<Signal>,
+}
+
+struct Worker {
+    rank: usize,
+    child: Child,
+    report_path: Option<PathBuf>,
+    sent: Vec<Signal>,
+}
+
+impl Worker {
+    fn send(&mut self, signal: Signal) {
+        self.sent.push(signal);
+        // Fails only for a process that has just ended; the next poll sees it.
+        let _ = kill_process(Pid::from_child(&self.child), signal);
+    }
+
+    fn ended(self, status: Option<ExitStatus>, poll: u64) -> Ended {
+        let report = self.report_path.as_deref().and_then(Report::read);
+        Ended { rank: self.rank, status, report, at: since_epoch(), poll, sent: self.sent }
+    }
+}
+
+/// All workers of this launcher. Dropping it kills those that are left.
+pub(super) struct Ranks {
+    running: Vec<Worker>,
+    ended: Vec<Ended>,
+    forwarders: Vec<JoinHandle<()>>,
+    signals: Signals,
+    polls: u64,
+    first_signal: Option<Instant>,
+    kill_at: Option<Instant>,
+}
+
+impl Ranks {
+    /// Takes over SIGINT and SIGTERM; do it before the first worker starts, so that none outlives a signal.
+    pub fn new() -> Result<Self> {
+        let signals = Signals::new([SIGINT, SIGTERM])
+            .map_err(|error| Error::run("cannot install a signal handler").cause(error))?;
+        Ok(Self {
+            running: vec![],
+            ended: vec![],
+            forwarders: vec![],
+            signals,
+            polls: 0,
+            first_signal: None,
+            kill_at: None,
+        })
+    }
+
+    /// Starts one worker. The first keeps our terminal, for its progress bar; the others' lines get a label.
+    pub fn start(&mut self, env: &WorkerEnv, command: &mut Command) -> std::io::Result<()> {
+        command.stdin(Stdio::null());
+        if !self.running.is_empty() {
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        }
+        let mut child = command.spawn()?;
+        let rank = env.rank;
+        if let Some(from) = child.stdout.take() {
+            self.forwarders.push(std::thread::spawn(move || forward_lines(rank, from, || std::io::stdout().lock())));
+        }
+        if let Some(from) = child.stderr.take() {
+            self.forwarders.push(std::thread::spawn(move || forward_lines(rank, from, || std::io::stderr().lock())));
+        }
+        self.running.push(Worker { rank, child, report_path: env.report.clone(), sent: vec![] });
+        Ok(())
+    }
+
+    /// Waits until every worker has ended. Returns whether we were asked to stop, too.
+    pub fn wait(mut self) -> (Vec<Ended>, bool) {
+        while !self.running.is_empty() {
+            self.pass_on_signals();
+            self.reap();
+            if !self.end_by_deadline() {
+                break;
+            }
+            if !self.running.is_empty() {
+                std::thread::sleep(POLL);
+            }
+        }
+        self.finish_lines();
+        // A terminal's signal may have ended the workers before we heard of it.
+        self.pass_on_signals();
+        (std::mem::take(&mut self.ended), self.first_signal.is_some())
+    }
+
+    fn pass_on_signals(&mut self) {
+        let arrived: Vec<i32> = self.signals.pending().collect();
+        for signal in arrived {
+            match self.first_signal {
+                None => {
+                    self.first_signal = Some(Instant::now());
+                    self.send_all(if signal == SIGINT { Signal::INT } else { Signal::TERM });
+                }
+                // A scheduler repeats SIGTERM before it kills; only a person at the keyboard means "now".
+                Some(first) if signal == SIGINT && first.elapsed() > SAME_KEYSTROKE => {
+                    self.send_all(Signal::KILL);
+                    self.kill_at.get_or_insert(Instant::now());
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        self.polls += 1;
+        let mut lost_one = false;
+        for mut worker in std::mem::take(&mut self.running) {
+            match worker.child.try_wait() {
+                Ok(None) => self.running.push(worker),
+                Ok(Some(status)) => {
+                    // 0 and 130 are ends that all ranks come to together, some later than others.
+                    lost_one |= !matches!(status.code(), Some(0 | 130));
+                    self.ended.push(worker.ended(Some(status), self.polls));
+                }
+                // Only a child that somebody else reaped cannot be waited for.
+                Err(_) => {
+                    lost_one = true;
+                    self.ended.push(worker.ended(None, self.polls));
+                }
+            }
+        }
+        if lost_one && self.kill_at.is_none() {
+            self.kill_at = Some(Instant::now() + GRACE);
+            self.send_all(Signal::TERM);
+        }
+    }
+
+    /// Kills who is left when the time is up. Returns false once even that has not helped.
+    fn end_by_deadline(&mut self) -> bool {
+        let Some(kill_at) = self.kill_at else { return true };
+        let late = Instant::now().saturating_duration_since(kill_at);
+        if late > LAST_WAIT {
+            let lost = std::mem::take(&mut self.running);
+            self.ended.extend(lost.into_iter().map(|worker| worker.ended(None, self.polls)));
+            return false;
+        }
+        if Instant::now() >= kill_at && self.running.iter().any(|worker| !worker.sent.contains(&Signal::KILL)) {
+            self.send_all(Signal::KILL);
+        }
+        true
+    }
+
+    fn send_all(&mut self, signal: Signal) {
+        self.running.iter_mut().for_each(|worker| worker.send(signal));
+    }
+
+    fn finish_lines(&mut self) {
+        let start = Instant::now();
+        while start.elapsed() < LAST_LINES && self.forwarders.iter().any(|thread| !thread.is_finished()) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Drop for Ranks {
+    fn drop(&mut self) {
+        self.send_all(Signal::KILL);
+        let start = Instant::now();
+        while start.elapsed() < LAST_WAIT && !self.running.is_empty() {
+            self.running.retain_mut(|worker| matches!(worker.child.try_wait(), Ok(None)));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// Copies lines with the rank's label, each in one write, so that lines of several ranks do not mix.
+fn forward_lines<W: Write>(rank: usize, from: impl Read, to: impl Fn() -> W) {
+    let mut from = BufReader::new(from);
+    loop {
+        let mut line = format!("[rank {rank}] ").into_bytes();
+        match from.read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
+        }
+        if line.last() != Some(&b'\n') {
+            line.push(b'\n');
+        }
+        // Where our own output is closed there is nobody to tell; the worker must not block for that.
+        let mut to = to();
+        let _ = to.write_all(&line).and_then(|()| to.flush());
+    }
+}
