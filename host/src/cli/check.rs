@@ -1,0 +1,208 @@
+//! The files a plan names, looked at before anything starts: model folder, weights, tokenizer, data, guests, output.
+//!
+//! Reads headers and first bytes only. Every finding points at the line of the config that names the file. It leaves
+//! nothing behind: an output folder is judged by the nearest folder above it that exists.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::config::Config;
+use crate::config::plan::{DatasetPlan, GuestRef, ModelPlan, Plan, TokenizerPlan, TrainPlan};
+use crate::data::split;
+use crate::error::{Error, Result};
+use crate::hf::{ModelConfig, WeightIndex};
+
+/// Finds everything that is wrong with the files a plan names.
+pub fn check(plan: &Plan, config: &Config) -> Result<()> {
+    let mut findings = Findings { config, errors: vec![] };
+    match plan {
+        Plan::Train(plan) => findings.train(plan),
+        Plan::Generate(plan) => {
+            findings.model(&plan.model);
+            findings.tokenizer(&plan.tokenizer);
+        }
+    }
+    Error::all(findings.errors).map_or(Ok(()), Err)
+}
+
+struct Findings<'a> {
+    config: &'a Config,
+    errors: Vec<Error>,
+}
+
+impl Findings<'_> {
+    /// Adds an error, the config's line first.
+    fn add(&mut self, key: &str, mut error: Error) {
+        error.locations.insert(0, self.config.locate(key));
+        self.errors.push(error);
+    }
+
+    fn add_result<T>(&mut self, key: &str, result: Result<T>) {
+        if let Err(error) = result {
+            self.add(key, error);
+        }
+    }
+
+    fn train(&mut self, plan: &TrainPlan) {
+        if !plan.recipe.path.as_os_str().is_empty()
+            && let Err(error) = check_guest(&plan.recipe, "recipe")
+        {
+            self.errors.push(error);
+        }
+        self.model(&plan.model);
+        self.tokenizer(&plan.tokenizer);
+        self.dataset("dataset", &plan.dataset);
+        if let Some(dataset) = &plan.dataset_val {
+            self.dataset("dataset_val", dataset);
+        }
+        if let Some(folder) = &plan.checkpoint.resume_from
+            && !folder.is_dir()
+        {
+            let error = Error::config(format!("the checkpoint `{}` is not a folder that exists", folder.display()));
+            self.add("resume_from", error.hint("checkpoints are `epoch_N` and `step_N` in the output folder"));
+        }
+        self.add_result("output_dir", check_output(&plan.output_dir, &plan.model.checkpoint_dir));
+        if plan.checkpoint.output_dir != plan.output_dir {
+            self.add_result(
+                "checkpointer.output_dir",
+                check_output(&plan.checkpoint.output_dir, &plan.model.checkpoint_dir),
+            );
+        }
+    }
+
+    fn model(&mut self, model: &ModelPlan) {
+        let folder = &model.checkpoint_dir;
+        if !folder.is_dir() {
+            let error = Error::config(format!("the model folder `{}` is not there", folder.display()))
+                .hint("it is a Hugging Face folder: config.json, tokenizer files, weights; `host import` makes one from a GGUF file");
+            self.add("checkpointer.checkpoint_dir", error);
+            return;
+        }
+        self.add_result("checkpointer.checkpoint_dir", ModelConfig::read(folder));
+        let key = if model.checkpoint_files.is_empty() { "checkpoint_dir" } else { "checkpoint_files" };
+        self.add_result(&format!("checkpointer.{key}"), WeightIndex::open(folder, &model.checkpoint_files));
+        if let Some(adapter) = &model.adapter_dir {
+            self.add_result("adapter_dir", check_adapter(adapter));
+        }
+    }
+
+    fn tokenizer(&mut self, tokenizer: &TokenizerPlan) {
+        let path = &tokenizer.path;
+        if !path.is_file() {
+            let error = Error::config(format!("the tokenizer `{}` is not there", path.display()))
+                .hint("give the model's tokenizer.json, or its folder");
+            self.add("tokenizer.path", error);
+        } else if path.extension().is_some_and(|extension| extension == "model") {
+            let error =
+                Error::config(format!("`{}` is not a tokenizer.json, and only that is read yet", path.display()))
+                    .hint("give the tokenizer.json of the model's Hugging Face folder");
+            self.add("tokenizer.path", error);
+        }
+        if let Some(template) = &tokenizer.prompt_template {
+            self.add_result("tokenizer.prompt_template", check_guest(template, "template"));
+        }
+    }
+
+    fn dataset(&mut self, section: &str, dataset: &DatasetPlan) {
+        self.add_result(&format!("{section}.split"), split::parse(&dataset.split));
+        let has_files = self.config.has(&format!("{section}.data_files"));
+        let key = format!("{section}.{}", if has_files { "data_files" } else { "source" });
+        for file in &dataset.files {
+            let path = file.path.display();
+            match std::fs::metadata(&file.path) {
+                Err(error) => {
+                    let error = Error::config(format!("cannot read the data file `{path}`")).cause(error);
+                    self.add(&key, error.hint("paths count from the folder `host` is started in"));
+                }
+                Ok(metadata) if metadata.is_dir() => {
+                    let error = Error::config(format!("the data file `{path}` is a folder"));
+                    self.add(&key, error.hint("`source` takes a folder, `data_files` takes files"));
+                }
+                Ok(metadata) if metadata.len() == 0 => {
+                    self.add(&key, Error::config(format!("the data file `{path}` is empty")));
+                }
+                Ok(_) => {}
+            }
+        }
+    }
+}
+
+fn check_adapter(folder: &Path) -> Result<()> {
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        if !folder.join(name).is_file() {
+            return Err(Error::config(format!("the adapter folder `{}` has no `{name}`", folder.display()))
+                .hint("give a folder that training or PEFT wrote, such as `OUTPUT/epoch_0`"));
+        }
+    }
+    Ok(())
+}
+
+/// Tells a guest by its first bytes: a Wasm component, or a Rhai script.
+fn check_guest(guest: &GuestRef, noun: &str) -> Result<()> {
+    let path = &guest.path;
+    let name = path.display();
+    let mut start = [0u8; 8];
+    let mut read = || -> std::io::Result<usize> {
+        let mut file = File::open(path)?.take(8);
+        let mut len = 0;
+        while len < 8 {
+            match file.read(&mut start[len..])? {
+                0 => break,
+                count => len += count,
+            }
+        }
+        Ok(len)
+    };
+    let len = read().map_err(|error| Error::config(format!("cannot read the {noun} `{name}`")).cause(error))?;
+    let is_script = path.extension().is_some_and(|extension| extension == "rhai");
+    match &start[..len] {
+        [0, b'a', b's', b'm', 0x0d, 0, 1, 0] => Ok(()),
+        [0, b'a', b's', b'm', 1, 0, 0, 0] => {
+            Err(Error::config(format!("the {noun} `{name}` is a core Wasm module, and a {noun} is a component"))
+                .hint("build the guest for `wasm32-wasip2`"))
+        }
+        [0, b'a', b's', b'm', ..] => {
+            Err(Error::config(format!("the {noun} `{name}` is of a WebAssembly version that is not known"))
+                .hint("build the guest for `wasm32-wasip2`"))
+        }
+        [] => Err(Error::config(format!("the {noun} `{name}` is empty"))),
+        _ if is_script => Ok(()),
+        _ => Err(Error::config(format!("the {noun} `{name}` is neither a Wasm component nor a Rhai script"))
+            .hint("a script's name ends in .rhai; a component is built for `wasm32-wasip2`")),
+    }
+}
+
+/// An output folder must be, or be able to become, a folder we can write to, outside the model's.
+fn check_output(output: &Path, model: &Path) -> Result<()> {
+    let nearest = nearest_existing(output);
+    let name = output.display();
+    if !nearest.is_dir() {
+        return Err(Error::config(format!(
+            "the output folder `{name}` cannot be made: `{}` is a file",
+            nearest.display()
+        )));
+    }
+    // A nameless file answers for permissions, read-only and full disks alike, root or not.
+    if let Err(error) = tempfile::tempfile_in(&nearest) {
+        return Err(Error::config(format!("the output folder `{name}` cannot be written to"))
+            .cause(format!("`{}`: {error}", nearest.display()))
+            .hint("give another with `output_dir=FOLDER`"));
+    }
+    // `resolve` compared the names; links may still lead into the model's folder.
+    if let (Ok(real), Ok(model)) = (nearest.canonicalize(), model.canonicalize())
+        && real.starts_with(&model)
+    {
+        return Err(Error::config(format!(
+            "the output folder `{name}` leads into the model's folder, which is never written to"
+        ))
+        .hint("give another with `output_dir=FOLDER`"));
+    }
+    Ok(())
+}
+
+fn nearest_existing(path: &Path) -> PathBuf {
+    let found = path.ancestors().find(|folder| folder.symlink_metadata().is_ok());
+    // A relative path whose parts are all new stands in the working directory.
+    found.unwrap_or(Path::new(".")).to_owned()
+}

@@ -1,0 +1,56 @@
+//! The command line: one file per verb, each with its `Args` (whose doc comments are the help) and a `run`.
+//!
+//! Only this layer prints. stdout is data, stderr is talk. A verb returns an error and `main` prints it, once.
+
+mod check;
+mod doctor;
+mod import;
+mod ls;
+mod run;
+mod shipped;
+pub mod ui;
+mod validate;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::error::{IoContext, Result};
+
+const EXAMPLES: &str = "\
+Examples:
+  host ls                                             what comes with it
+  host validate configs/smollm2/135M_lora_summarize.yaml
+  host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
+  host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
+  host run generate --config smollm2/135M_generate prompt.user='Some text'
+  host doctor                                         what this machine has, and what is wrong
+
+Exit codes: 0 done, 1 the run failed, 2 command line or config, 101 a bug, 130 interrupted.";
+
+/// Fine-tunes language models: configs in YAML, recipes and templates as sandboxed guests.
+#[derive(Debug, Parser)]
+#[command(name = "host", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Run(run::Args),
+    Validate(validate::Args),
+    Ls(ls::Args),
+    Import(import::Args),
+    Doctor(doctor::Args),
+}
+
+/// Runs what the command line asks for.
+pub fn dispatch(cli: Cli) -> Result<()> {
+    match cli.verb {
+        Some(Verb::Run(args)) => run::run(&args),
+        Some(Verb::Validate(args)) => validate::run(&args),
+        Some(Verb::Ls(args)) => ls::run(&args),
+        Some(Verb::Import(args)) => import::run(&args),
+        Some(Verb::Doctor(args)) => doctor::run(&args),
+        None => Cli::command().print_help().path_context("write to", "stdout"),
+    }
+}

@@ -1,0 +1,137 @@
+//! `host run`: a recipe and a config to a plan, and the plan to the launcher.
+
+use std::path::{Path, PathBuf};
+
+use super::{check, shipped, ui};
+use crate::config::plan::Plan;
+use crate::config::resolve::{self, Surroundings};
+use crate::config::{Config, Notice, registry};
+use crate::error::{Error, Result};
+use crate::launch::{self, LaunchOptions};
+
+const EXAMPLES: &str = "\
+Examples:
+  host run recipes/lora_distributed.wasm --nproc 2 --config configs/smollm2/135M_lora_summarize.yaml
+  host run lora_distributed --config my.yaml epochs=3 'dataset.split=train[:1000]'
+  host run my_recipe.rhai --config my.yaml optimizer=AdamW '~lr_scheduler'
+  host run generate --config smollm2/135M_generate prompt.user='Some text'
+
+Overrides: `key=value` sets a key (typed as in YAML; lists as `[a,b]`), `~key` deletes one.
+`HOST_LOG` sets the log (such as `debug`).";
+
+/// Runs a recipe with a config
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// A recipe's file (.wasm or .rhai), a name that `host ls` lists, or `generate`
+    recipe: String,
+
+    /// Changes to the config: `key=value`, `~key`
+    #[arg(value_name = "OVERRIDE")]
+    overrides: Vec<String>,
+
+    /// The config's file, or a name that `host ls` lists
+    #[arg(long, value_name = "FILE")]
+    config: String,
+
+    /// Workers to start on this machine
+    #[arg(long, aliases = ["nproc_per_node", "nproc-per-node"], value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u16).range(1..=1024))]
+    nproc: u16,
+
+    /// Where the workers meet
+    #[arg(long, alias = "master_addr", value_name = "HOST")]
+    master_addr: Option<String>,
+
+    /// The port where the workers meet; any free one by default
+    #[arg(long, alias = "master_port", value_name = "PORT")]
+    master_port: Option<u16>,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let around = shipped::surroundings();
+    let recipe = find_recipe(&args.recipe, &around);
+    let config = Config::load(&shipped::find_config(&args.config, &around), &args.overrides);
+    let (recipe, config) = match (recipe, config) {
+        (Ok(recipe), Ok(config)) => (recipe, config),
+        (recipe, config) => {
+            let errors = [recipe.err(), config.err()];
+            return Err(Error::all(errors.into_iter().flatten().collect()).unwrap_or_else(|| Error::bug("no error")));
+        }
+    };
+    let (plan, notices) = resolve(&recipe, &config, &around)?;
+    check::check(&plan, &config)?;
+    if is_first_rank() {
+        ui::notices(&notices);
+    }
+    if matches!(plan, Plan::Generate(_)) && args.nproc > 1 {
+        return Err(Error::config(format!("`generate` runs in one process, and {} were asked for", args.nproc))
+            .hint("leave `--nproc` out"));
+    }
+    let options = LaunchOptions { master_addr: args.master_addr.clone(), master_port: args.master_port };
+    launch::run(&plan, usize::from(args.nproc), &options)
+}
+
+enum Recipe {
+    Guest(PathBuf),
+    Generate,
+}
+
+/// A file as given, else a shipped recipe by its name or torchtune's.
+fn find_recipe(name: &str, around: &Surroundings<'_>) -> Result<Recipe> {
+    let path = Path::new(name);
+    if path.is_file() {
+        return Ok(Recipe::Guest(path.to_owned()));
+    }
+    match registry::recipe(name) {
+        Some(recipe) if !recipe.is_guest => Ok(Recipe::Generate),
+        Some(recipe) => around.find_guest("recipes", recipe.name).map(Recipe::Guest).ok_or_else(|| {
+            Error::config(format!(
+                "the recipe `{name}` is not built: no `recipes/{}.wasm` here or beside the program",
+                recipe.name
+            ))
+            .hint("`cargo xtask build` makes the guests")
+        }),
+        None if path.is_dir() => {
+            Err(Error::config(format!("the recipe `{name}` is a folder, not a .wasm or .rhai file")))
+        }
+        None => {
+            let error = Error::config(format!("there is no recipe `{name}`"));
+            Err(match registry::similar_recipe(name) {
+                Some(near) => error.hint(format!("did you mean `{near}`?")),
+                None => error.hint("give the path of a .wasm or .rhai file, or a name that `host ls` lists"),
+            })
+        }
+    }
+}
+
+fn resolve(recipe: &Recipe, config: &Config, around: &Surroundings<'_>) -> Result<(Plan, Vec<Notice>)> {
+    // One line instead of a mistake for each key.
+    let wrong_kind = |is_for: &str, hint: &str| {
+        Err(Error::config(format!("this config is for {is_for}")).at_file(&config.path).hint(hint))
+    };
+    match recipe {
+        Recipe::Guest(_) if config.is_generation() => {
+            return wrong_kind("`generate`", "`host run generate --config …`");
+        }
+        Recipe::Generate if config.is_training() => {
+            return wrong_kind("training", "`generate` needs a `prompt`, see `smollm2/135M_generate`");
+        }
+        _ => {}
+    }
+    Ok(match recipe {
+        Recipe::Guest(path) => {
+            let resolved = resolve::train(config, path, around)?;
+            (Plan::Train(Box::new(resolved.plan)), resolved.notices)
+        }
+        Recipe::Generate => {
+            let resolved = resolve::generate(config, around)?;
+            (Plan::Generate(Box::new(resolved.plan)), resolved.notices)
+        }
+    })
+}
+
+/// torchrun starts this program once a rank; one of them is enough to talk.
+fn is_first_rank() -> bool {
+    std::env::var("RANK").is_ok_and(|rank| rank == "0") || std::env::var_os("RANK").is_none()
+}

@@ -1,0 +1,52 @@
+//! Where the guests and configs that come with `host` are: the working directory, then the folders around the program.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::path::{Path, PathBuf};
+
+use crate::config::resolve::{FileKind, Surroundings};
+
+/// Looks at the real machine.
+pub fn surroundings() -> Surroundings<'static> {
+    let cwd = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
+    let mut shipped = vec![cwd.clone()];
+    if let Ok(program) = std::env::current_exe() {
+        shipped.extend(program.ancestors().skip(1).map(Path::to_owned).filter(|folder| *folder != cwd));
+    }
+    Surroundings { seed: draw_seed(), cwd, shipped, cache_dir: cache_dir(), kind: &file_kind }
+}
+
+fn file_kind(path: &Path) -> Option<FileKind> {
+    let metadata = std::fs::metadata(path).ok()?;
+    Some(if metadata.is_dir() { FileKind::Folder } else { FileKind::File })
+}
+
+/// A number nobody chose; std's hasher keys come from the system's randomness. Ranks that torchrun or Slurm starts one by
+/// one have to agree without having met, so there it comes from what their environment shares.
+fn draw_seed() -> u32 {
+    const SHARED: [&str; 4] = ["TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT"];
+    if std::env::var_os("RANK").is_some() {
+        let shared = SHARED.map(|name| std::env::var(name).unwrap_or_default()).join("\n");
+        return blake3::hash(shared.as_bytes()).as_bytes()[..4]
+            .iter()
+            .fold(0, |seed, byte| seed << 8 | u32::from(*byte));
+    }
+    RandomState::new().build_hasher().finish() as u32
+}
+
+fn cache_dir() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    Some(folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")))?.join("host/tokens"))
+}
+
+/// Returns a config's path: as given, else a shipped config's by its name.
+pub fn find_config(name: &str, around: &Surroundings<'_>) -> PathBuf {
+    let given = PathBuf::from(name);
+    if given.exists() {
+        return given;
+    }
+    let relative = PathBuf::from(format!("configs/{}.yaml", name.strip_suffix(".yaml").unwrap_or(name)));
+    let found =
+        around.shipped.iter().map(|root| if *root == around.cwd { relative.clone() } else { root.join(&relative) });
+    found.into_iter().find(|path| path.is_file()).unwrap_or(given)
+}

@@ -1,0 +1,389 @@
+//! Mistakes in a config.
+
+use insta::assert_snapshot;
+
+use super::Case;
+
+#[test]
+fn a_config_that_is_not_there() {
+    assert_snapshot!(Case::new().host(&["validate", "absent.yaml"]), @"
+    exit 2
+    --- stderr
+    error: cannot read the config `absent.yaml`
+    cause: No such file or directory (os error 2)
+    hint: `host ls` lists the configs that come with it; `--config` takes a path or such a name
+    ");
+}
+
+#[test]
+fn not_yaml() {
+    assert_snapshot!(Case::with("output_dir: [out\nmodel: x\n").validate(&[]), @"
+    exit 2
+    --- stderr
+    error: the config is not YAML
+      --> c.yaml:2:6
+    cause: illegal placement of ':' indicator
+    ");
+    assert_snapshot!(Case::with("output_dir: out\n\tmodel: x\n").validate(&[]), @"
+    exit 2
+    --- stderr
+    error: the config is not YAML
+      --> c.yaml:2:1
+    cause: found a tab in the indentation
+    hint: indent with spaces
+    ");
+}
+
+#[test]
+fn not_text() {
+    let case = Case::new();
+    case.write("c.yaml", b"output_dir: \xff\xfe");
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: cannot read the config `c.yaml`
+    cause: byte 12 is not UTF-8, so it is not a text file
+    ");
+}
+
+#[test]
+fn a_list() {
+    assert_snapshot!(Case::with("- output_dir: out\n- epochs: 1\n").validate(&[]), @"
+    exit 2
+    --- stderr
+    error: a config is a mapping of keys to values, found a list
+      --> c.yaml:1:1
+    hint: start from one of the files `host ls` lists
+    ");
+}
+
+#[test]
+fn nothing() {
+    assert_snapshot!(Case::with("# only a comment\n").validate(&[]), @"
+    exit 2
+    --- stderr
+    error: a config is a mapping of keys to values, found nothing
+      --> c.yaml:1:1
+    hint: start from one of the files `host ls` lists
+    ");
+}
+
+#[test]
+fn a_key_twice() {
+    assert_snapshot!(Case::edited(&[("device: cpu", "device: cpu\noutput_dir: other")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: the key `output_dir` stands twice in the same section
+      --> c.yaml:26:1
+      --> c.yaml:1:1
+    hint: keep one of the two
+    ");
+}
+
+#[test]
+fn an_unknown_key() {
+    assert_snapshot!(Case::edited(&[("  lr: 3e-4", "  learning_rate: 3e-4")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: unknown key `optimizer.learning_rate`
+      --> c.yaml:19:3
+    hint: keys of `optimizer`: lr, betas, eps, weight_decay
+    ");
+    assert_snapshot!(Case::edited(&[("  max_seq_len", "  max_seqlen")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: unknown key `tokenizer.max_seqlen`
+      --> c.yaml:11:3
+    hint: did you mean `tokenizer.max_seq_len`?
+    ");
+    assert_snapshot!(Case::edited(&[("device: cpu", "devise: cpu")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: unknown key `devise`
+      --> c.yaml:25:1
+    hint: did you mean `device`?
+    ");
+}
+
+#[test]
+fn an_unknown_component() {
+    let case = Case::edited(&[("_component_: lora_llama", "_component_: torchtune.models.smollm2.lora_smolm2_135m")]);
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: unknown model `torchtune.models.smollm2.lora_smolm2_135m` in `model._component_`
+      --> c.yaml:3:16
+    hint: did you mean `torchtune.models.smollm2.lora_smollm2_135m`?
+    ");
+    assert_snapshot!(Case::edited(&[("_component_: AdamW", "_component_: os.system")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: unknown optimizer `os.system` in `optimizer._component_`
+      --> c.yaml:18:16
+    hint: there is: AdamW
+    ");
+}
+
+#[test]
+fn a_component_in_the_wrong_place() {
+    assert_snapshot!(Case::edited(&[("_component_: AdamW", "_component_: lora_llama")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: `lora_llama` is a model, and `optimizer` needs an optimizer
+      --> c.yaml:18:16
+    hint: `optimizer._component_: AdamW`
+    ");
+}
+
+#[test]
+fn a_section_without_a_component() {
+    assert_snapshot!(Case::edited(&[("  _component_: AdamW\n", "")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: `optimizer` has no `_component_`, which names the optimizer
+      --> c.yaml:18:3
+    hint: `optimizer._component_: AdamW`
+    ");
+    assert_snapshot!(Case::edited(&[("optimizer:\n  _component_: AdamW\n  lr: 3e-4\n", "optimizer: AdamW\n")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: `optimizer` must be a section of keys, found the text `AdamW`
+      --> c.yaml:17:12
+    hint: `optimizer: {_component_: AdamW}`
+    ");
+}
+
+#[test]
+fn a_component_we_do_not_have() {
+    let case = Case::edited(&[("_component_: hf_tokenizer", "_component_: torchtune.models.llama3.llama3_tokenizer")]);
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: the tokenizer `llama3_tokenizer` is not supported: the header tokens of Llama 3's message format are not written yet; `hf_tokenizer` with the model's tokenizer.json trains on the template's text alone
+      --> c.yaml:9:16
+    ");
+}
+
+#[test]
+fn a_value_of_the_wrong_type() {
+    assert_snapshot!(Case::edited(&[("  lr: 3e-4", "  lr: fast")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: `optimizer.lr` must be a number, at least 0, found the text `fast`
+      --> c.yaml:19:7
+    ");
+    assert_snapshot!(Case::edited(&[("device: cpu", "device: gpu")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: `device` must be one of `cpu`, `cuda`, found the text `gpu`
+      --> c.yaml:25:9
+    ");
+}
+
+#[test]
+fn missing_sections() {
+    assert_snapshot!(Case::with("output_dir: out\n").validate(&[]), @"
+    exit 2
+    --- stderr
+    error: the key `tokenizer` is missing
+      --> c.yaml:1:1
+    hint: `tokenizer: {_component_: hf_tokenizer}`: how text becomes tokens
+
+    error: the key `dataset` is missing
+      --> c.yaml:1:1
+    hint: `dataset: {_component_: instruct_dataset}`: what to train on
+
+    error: the key `model` is missing
+      --> c.yaml:1:1
+    hint: `model: {_component_: llama}`: what to train
+
+    error: the key `checkpointer` is missing
+      --> c.yaml:1:1
+    hint: `checkpointer: {_component_: FullModelHFCheckpointer}`: where weights come from and go to
+
+    error: the key `optimizer` is missing
+      --> c.yaml:1:1
+    hint: `optimizer: {_component_: AdamW}`: how gradients change weights
+
+    error: the key `loss` is missing
+      --> c.yaml:1:1
+    hint: `loss: {_component_: cross_entropy}`: what is made small
+    ");
+}
+
+#[test]
+fn a_refused_key() {
+    assert_snapshot!(Case::new().validate(&["dataset.packed=True"]), @"
+    exit 2
+    --- stderr
+    error: `dataset.packed` can only be `False`: packs are not built yet; `layout: varlen` already computes no padding
+      --> command line
+    hint: set it to `False` or leave it out
+    ");
+    assert_snapshot!(Case::new().validate(&["optimizer_in_bwd=True"]), @"
+    exit 2
+    --- stderr
+    error: `optimizer_in_bwd` can only be `False`: it gives up clipping and accumulation
+      --> command line
+    hint: set it to `False` or leave it out
+    ");
+    assert_snapshot!(Case::new().validate(&["dataset.template=torchtune.data.SummarizeTemplate"]), @"
+    exit 2
+    --- stderr
+    error: `dataset.template` is not supported: it is `tokenizer.prompt_template` now
+      --> command line
+    hint: leave `dataset.template` out
+    ");
+}
+
+#[test]
+fn several_mistakes_at_once() {
+    let case = Case::edited(&[
+        ("output_dir: out", "output_dir: ${root}/out"),
+        ("[q_proj, v_proj]", "[q_prj, v_proj]"),
+        ("  lr: 3e-4", "  lr: 3e-4\n  beta: 0.9"),
+        ("train[:2]", "trian[:2]"),
+        ("  num_warmup_steps: 1", "  num_warmup_steps: -1"),
+        ("device: cpu", "device: cpu\nclip_grad_norm: -1"),
+    ]);
+    assert_snapshot!(case.validate(&["epochs=0", "nonsense"]), @"
+    exit 2
+    --- stderr
+    error: the override `nonsense` has no `=`
+      --> command line: nonsense
+    hint: `key=value` sets a key, `~key` deletes one
+
+    error: `epochs` must be a whole number, at least 1, found the number `0`
+      --> command line
+
+    error: `${root}` names a key that is not in the config
+      --> c.yaml:1:13
+
+    error: `model.lora_attn_modules` cannot hold the text `q_prj`
+      --> c.yaml:4:23
+    hint: did you mean `q_proj`?
+
+    error: `dataset.split` names the split `trian`, which has no file
+      --> c.yaml:16:10
+    hint: the data has: train
+
+    error: unknown key `optimizer.beta`
+      --> c.yaml:20:3
+    hint: did you mean `optimizer.betas`?
+
+    error: `lr_scheduler.num_warmup_steps` must be a whole number, at least 0, found the number `-1`
+      --> c.yaml:23:21
+
+    error: `clip_grad_norm` must be a number above 0, `inf` or null, found the number `-1`
+      --> c.yaml:27:17
+    hint: `clip_grad_norm: 1.0`; `inf` logs the norm and clips nothing
+    ");
+}
+
+#[test]
+fn overrides_that_cannot_be() {
+    assert_snapshot!(Case::new().validate(&["epochs"]), @"
+    exit 2
+    --- stderr
+    error: the override `epochs` has no `=`
+      --> command line: epochs
+    hint: `key=value` sets a key, `~key` deletes one
+    ");
+    assert_snapshot!(Case::new().validate(&["~optimizer.lrr"]), @"
+    exit 2
+    --- stderr
+    error: `optimizer.lrr` is not in the config, so it cannot be deleted
+      --> command line: ~optimizer.lrr
+    hint: did you mean `~optimizer.lr`?
+    ");
+    assert_snapshot!(Case::new().validate(&["epochs=[1"]), @r#"
+    exit 2
+    --- stderr
+    error: the value of `epochs` is not YAML
+      --> command line: epochs=[1
+    cause: while parsing a flow sequence, expected ',' or ']'
+    hint: quote it for YAML: "key='[text'"
+    "#);
+    assert_snapshot!(Case::new().validate(&["optimizer.lr=fast"]), @"
+    exit 2
+    --- stderr
+    error: `optimizer.lr` must be a number, at least 0, found the text `fast`
+      --> command line
+    ");
+    assert_snapshot!(Case::new().validate(&["optimizr.lr=1"]), @"
+    exit 2
+    --- stderr
+    error: unknown key `optimizr`
+      --> command line
+    hint: did you mean `optimizer`?
+    ");
+}
+
+#[test]
+fn interpolations_that_lead_nowhere() {
+    assert_snapshot!(Case::edited(&[("${checkpointer.checkpoint_dir}", "${checkpointer.checkpont_dir}")]).validate(&[]), @"
+    exit 2
+    --- stderr
+    error: `${checkpointer.checkpont_dir}` names a key that is not in the config
+      --> c.yaml:10:9
+    hint: did you mean `${checkpointer.checkpoint_dir}`?
+    ");
+    assert_snapshot!(Case::new().validate(&["output_dir=${checkpointer.checkpoint_dir}", "checkpointer.checkpoint_dir=${output_dir}"]), @"
+    exit 2
+    --- stderr
+    error: `${checkpointer.checkpoint_dir}` leads back to itself: `checkpointer.checkpoint_dir` → `output_dir` → `checkpointer.checkpoint_dir`
+      --> command line
+    hint: give one of them a value of its own
+
+    error: `${output_dir}` leads back to itself: `output_dir` → `checkpointer.checkpoint_dir` → `output_dir`
+      --> command line
+    hint: give one of them a value of its own
+    ");
+    assert_snapshot!(Case::new().validate(&["output_dir=${oc.env:HOME}"]), @"
+    exit 2
+    --- stderr
+    error: `${oc.env:HOME}` calls a resolver, and a config cannot run anything
+      --> command line
+    hint: write the path from the top of the config: `${section.key}`
+    ");
+}
+
+#[test]
+fn a_hub_data_set() {
+    assert_snapshot!(Case::new().validate(&["dataset.source=EdinburghNLP/xsum"]), @"
+    exit 2
+    --- stderr
+    error: `EdinburghNLP/xsum` is no folder here, and data sets of the hub are not read yet
+      --> command line
+    hint: download the data set's files, then `source: json` or `source: parquet` with `data_files`
+    ");
+}
+
+#[test]
+fn the_output_in_the_models_folder() {
+    assert_snapshot!(Case::new().validate(&["output_dir=model/tuned"]), @"
+    exit 2
+    --- stderr
+    error: `output_dir` is the model's folder `model` or inside it, which is never written to
+      --> command line
+    hint: give the run a folder of its own
+    ");
+}
+
+#[test]
+fn a_split_that_is_not_one() {
+    assert_snapshot!(Case::new().validate(&["dataset.split=train[:2000"]), @"
+    exit 2
+    --- stderr
+    error: split `train[:2000`: `train[:2000` has `[` without `]` at its end
+      --> command line
+    hint: write it like `train`, `train[:2000]`, `train[-10%:]` or `train[10%:20%]+test`
+    ");
+    assert_snapshot!(Case::new().validate(&["dataset.split=train[:200%]"]), @"
+    exit 2
+    --- stderr
+    error: split `train[:200%]`: `200%` is not between -100% and 100%
+      --> command line
+    hint: write it like `train`, `train[:2000]`, `train[-10%:]` or `train[10%:20%]+test`
+    ");
+}

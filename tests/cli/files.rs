@@ -1,0 +1,255 @@
+//! Mistakes in the files a config names.
+
+use insta::assert_snapshot;
+
+use super::{CORE_MODULE, Case};
+
+fn remove(case: &Case, name: &str) {
+    std::fs::remove_file(case.path().join(name)).unwrap();
+}
+
+fn run(case: &Case, recipe: &str) -> String {
+    case.host(&["run", recipe, "--config", "c.yaml"])
+}
+
+#[test]
+fn an_unknown_recipe() {
+    assert_snapshot!(run(&Case::new(), "lora_distribted"), @"
+    exit 2
+    --- stderr
+    error: there is no recipe `lora_distribted`
+    hint: did you mean `lora_distributed`?
+    ");
+    assert_snapshot!(run(&Case::new(), "mine.wasm"), @"
+    exit 2
+    --- stderr
+    error: there is no recipe `mine.wasm`
+    hint: give the path of a .wasm or .rhai file, or a name that `host ls` lists
+    ");
+}
+
+#[test]
+fn a_recipe_that_is_text() {
+    let case = Case::new();
+    case.write("notes.txt", "for step in steps");
+    assert_snapshot!(run(&case, "notes.txt"), @"
+    exit 2
+    --- stderr
+    error: the recipe `notes.txt` is neither a Wasm component nor a Rhai script
+    hint: a script's name ends in .rhai; a component is built for `wasm32-wasip2`
+    ");
+    case.write("notes.wasm", "for step in steps");
+    assert_snapshot!(run(&case, "notes.wasm"), @"
+    exit 2
+    --- stderr
+    error: the recipe `notes.wasm` is neither a Wasm component nor a Rhai script
+    hint: a script's name ends in .rhai; a component is built for `wasm32-wasip2`
+    ");
+    case.write("empty.wasm", "");
+    assert_snapshot!(run(&case, "empty.wasm"), @"
+    exit 2
+    --- stderr
+    error: the recipe `empty.wasm` is empty
+    ");
+}
+
+#[test]
+fn a_recipe_that_is_a_core_module() {
+    let case = Case::new();
+    case.write("core.wasm", CORE_MODULE);
+    assert_snapshot!(run(&case, "core.wasm"), @"
+    exit 2
+    --- stderr
+    error: the recipe `core.wasm` is a core Wasm module, and a recipe is a component
+    hint: build the guest for `wasm32-wasip2`
+    ");
+}
+
+#[test]
+fn a_template_that_is_not_one() {
+    let case = Case::new();
+    case.write("templates/summarize.wasm", CORE_MODULE);
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: the template `templates/summarize.wasm` is a core Wasm module, and a template is a component
+      --> c.yaml:12:20
+    hint: build the guest for `wasm32-wasip2`
+    ");
+    assert_snapshot!(case.validate(&["tokenizer.prompt_template=absent.rhai"]), @"
+    exit 2
+    --- stderr
+    error: cannot read the template `absent.rhai`
+      --> command line
+    cause: No such file or directory (os error 2)
+    ");
+}
+
+#[test]
+fn a_model_folder_that_is_not_there() {
+    assert_snapshot!(Case::new().validate(&["checkpointer.checkpoint_dir=absent"]), @"
+    exit 2
+    --- stderr
+    error: the model folder `absent` is not there
+      --> command line
+    hint: it is a Hugging Face folder: config.json, tokenizer files, weights; `host import` makes one from a GGUF file
+
+    error: the tokenizer `absent` is not there
+      --> c.yaml:10:9
+    hint: give the model's tokenizer.json, or its folder
+    ");
+}
+
+#[test]
+fn a_model_folder_without_config_json() {
+    let case = Case::new();
+    remove(&case, "model/config.json");
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: cannot read `config.json` of the model folder `model`
+      --> c.yaml:7:19
+    cause: No such file or directory (os error 2)
+    hint: `checkpointer.checkpoint_dir` must be a Hugging Face model folder: config.json, tokenizer files, weights
+    ");
+}
+
+#[test]
+fn an_architecture_we_do_not_build() {
+    let case = Case::new();
+    case.write("model/config.json", r#"{"architectures": ["MambaForCausalLM"]}"#);
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: the architecture `MambaForCausalLM` is not one that `host` builds
+      --> c.yaml:7:19
+      --> model/config.json
+    hint: architectures built so far: LlamaForCausalLM
+    ");
+}
+
+#[test]
+fn weights_that_are_not_there() {
+    let case = Case::new();
+    remove(&case, "model/model.safetensors");
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: no safetensors weights in the model folder `model`
+      --> c.yaml:7:19
+    hint: it needs `model.safetensors`, or `model.safetensors.index.json` and the files that names
+    ");
+    assert_snapshot!(case.validate(&["checkpointer.checkpoint_files=[model-1.safetensors]"]), @"
+    exit 2
+    --- stderr
+    error: cannot open the weight file `model/model-1.safetensors`
+      --> command line
+    cause: No such file or directory (os error 2)
+    ");
+}
+
+#[test]
+fn weights_cut_short() {
+    let case = Case::new();
+    case.write("model/model.safetensors", b"\xff\0\0\0\0\0\0\0{}");
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: `model/model.safetensors` is not a whole safetensors file
+      --> c.yaml:7:19
+    cause: its header claims 255 bytes of a file of 10
+    hint: copy or download the file again
+    ");
+}
+
+#[test]
+fn a_tokenizer_that_is_not_there() {
+    let case = Case::new();
+    remove(&case, "model/tokenizer.json");
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: the tokenizer `model/tokenizer.json` is not there
+      --> c.yaml:10:9
+    hint: give the model's tokenizer.json, or its folder
+    ");
+}
+
+#[test]
+fn data_that_is_not_there() {
+    let case = Case::new();
+    assert_snapshot!(case.validate(&["dataset.source=json", "dataset.data_files=absent.jsonl"]), @"
+    exit 2
+    --- stderr
+    error: cannot read the data file `absent.jsonl`
+      --> command line
+    cause: No such file or directory (os error 2)
+    hint: paths count from the folder `host` is started in
+    ");
+    assert_snapshot!(case.validate(&["dataset.source=model"]), @"
+    exit 2
+    --- stderr
+    error: the folder `model` has no train, validation or test file
+      --> command line
+    hint: name them `train.jsonl` or `train.parquet`, or give `source: json` and `data_files`
+    ");
+    case.write("data/train.jsonl", "");
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: the data file `data/train.jsonl` is empty
+      --> c.yaml:15:11
+    ");
+}
+
+#[test]
+fn an_output_that_is_a_file() {
+    let case = Case::new();
+    case.write("taken", "");
+    assert_snapshot!(case.validate(&["output_dir=taken/run"]), @"
+    exit 2
+    --- stderr
+    error: the output folder `taken/run` cannot be made: `taken` is a file
+      --> command line
+    ");
+}
+
+#[test]
+fn an_output_that_cannot_be_written() {
+    // Not even root makes a folder there.
+    let found = Case::new().validate(&["output_dir=/proc/run"]);
+    assert!(found.starts_with("exit 2"), "{found}");
+    assert!(
+        found.contains(
+            "error: the output folder `/proc/run` cannot be written to\n  --> command line\ncause: `/proc`: "
+        ),
+        "{found}"
+    );
+}
+
+#[test]
+fn an_output_behind_a_link_into_the_model() {
+    let case = Case::new();
+    std::os::unix::fs::symlink("model", case.path().join("link")).unwrap();
+    assert_snapshot!(case.validate(&["output_dir=link/run"]), @"
+    exit 2
+    --- stderr
+    error: the output folder `link/run` leads into the model's folder, which is never written to
+      --> command line
+    hint: give another with `output_dir=FOLDER`
+    ");
+}
+
+#[test]
+fn an_adapter_that_is_not_there() {
+    let case = Case::with(
+        "model: {_component_: llama}\ncheckpointer: {_component_: FullModelHFCheckpointer, checkpoint_dir: model}\ntokenizer: {_component_: hf_tokenizer, path: model}\nprompt: hello\nadapter_dir: absent\n",
+    );
+    assert_snapshot!(case.host(&["run", "generate", "--config", "c.yaml"]), @"
+    exit 2
+    --- stderr
+    error: the adapter folder `absent` has no `adapter_config.json`
+      --> c.yaml:5:14
+    hint: give a folder that training or PEFT wrote, such as `OUTPUT/epoch_0`
+    ");
+}

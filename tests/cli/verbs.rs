@@ -1,0 +1,390 @@
+//! Each verb's success, its help, and mistakes on the command line.
+
+use insta::assert_snapshot;
+
+use super::Case;
+
+#[test]
+fn without_a_verb_it_helps() {
+    assert_snapshot!(Case::new().host(&[]), @"
+    exit 0
+    --- stdout
+    Fine-tunes language models: configs in YAML, recipes and templates as sandboxed guests
+
+    Usage: host [COMMAND]
+
+    Commands:
+      run       Runs a recipe with a config
+      validate  Checks a config and the files it names
+      ls        Lists the recipes and configs that come with it
+      import    Turns a GGUF model into a Hugging Face folder
+      doctor    Shows what this machine has for a run, and what is wrong with it
+
+    Options:
+      -h, --help     Print help
+      -V, --version  Print version
+
+    Examples:
+      host ls                                             what comes with it
+      host validate configs/smollm2/135M_lora_summarize.yaml
+      host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
+      host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
+      host run generate --config smollm2/135M_generate prompt.user='Some text'
+      host doctor                                         what this machine has, and what is wrong
+
+    Exit codes: 0 done, 1 the run failed, 2 command line or config, 101 a bug, 130 interrupted.
+    ");
+}
+
+#[test]
+fn run_helps() {
+    assert_snapshot!(Case::new().host(&["run", "--help"]), @"
+    exit 0
+    --- stdout
+    Runs a recipe with a config
+
+    Usage: host run [OPTIONS] --config <FILE> <RECIPE> [OVERRIDE]...
+
+    Arguments:
+      <RECIPE>       A recipe's file (.wasm or .rhai), a name that `host ls` lists, or `generate`
+      [OVERRIDE]...  Changes to the config: `key=value`, `~key`
+
+    Options:
+          --config <FILE>       The config's file, or a name that `host ls` lists
+          --nproc <N>           Workers to start on this machine [default: 1]
+          --master-addr <HOST>  Where the workers meet
+          --master-port <PORT>  The port where the workers meet; any free one by default
+      -h, --help                Print help
+
+    Examples:
+      host run recipes/lora_distributed.wasm --nproc 2 --config configs/smollm2/135M_lora_summarize.yaml
+      host run lora_distributed --config my.yaml epochs=3 'dataset.split=train[:1000]'
+      host run my_recipe.rhai --config my.yaml optimizer=AdamW '~lr_scheduler'
+      host run generate --config smollm2/135M_generate prompt.user='Some text'
+
+    Overrides: `key=value` sets a key (typed as in YAML; lists as `[a,b]`), `~key` deletes one.
+    `HOST_LOG` sets the log (such as `debug`).
+    ");
+}
+
+#[test]
+fn validate_helps() {
+    assert_snapshot!(Case::new().host(&["validate", "--help"]), @"
+    exit 0
+    --- stdout
+    Checks a config and the files it names
+
+    Usage: host validate [OPTIONS] <CONFIG> [OVERRIDE]...
+
+    Arguments:
+      <CONFIG>       The config's file, or a name that `host ls` lists
+      [OVERRIDE]...  Changes to the config: `key=value`, `~key`
+
+    Options:
+          --json  Print the verdict, the resolved plan, notices and mistakes as JSON
+      -h, --help  Print help
+
+    Examples:
+      host validate my.yaml
+      host validate my.yaml epochs=3 model.lora_rank=16
+      host validate --json my.yaml | jq .plan.train.optimizer
+
+    All mistakes are shown at once, each with its line and column. When there are none, the files are
+    looked at too: model folder, weights, tokenizer, data, guests, output folder.
+    ");
+}
+
+#[test]
+fn an_unknown_verb() {
+    assert_snapshot!(Case::new().host(&["validat"]), @"
+    exit 2
+    --- stderr
+    error: unrecognized subcommand 'validat'
+
+      tip: a similar subcommand exists: 'validate'
+
+    Usage: host [COMMAND]
+
+    For more information, try '--help'.
+    ");
+}
+
+#[test]
+fn ls_lists_what_is_there() {
+    let case = Case::new();
+    case.write("configs/smollm2/135M_lora_summarize.yaml", "");
+    case.write("configs/smollm2/135M_generate.yaml", "");
+    assert_snapshot!(case.host(&["ls"]), @"
+    exit 0
+    --- stdout
+    RECIPE                                  CONFIG
+    lora_distributed                        smollm2/135M_lora_summarize
+    generate                                smollm2/135M_generate
+    ");
+    assert_snapshot!(case.host(&["ls", "--json"]), @r#"
+    exit 0
+    --- stdout
+    [
+      {
+        "recipe": "lora_distributed",
+        "about": "fine-tunes adapters (LoRA), on one device or many",
+        "aliases": [
+          "lora_finetune_distributed",
+          "lora_finetune_single_device"
+        ],
+        "path": "recipes/lora_distributed.wasm",
+        "configs": [
+          {
+            "name": "smollm2/135M_lora_summarize",
+            "path": "configs/smollm2/135M_lora_summarize.yaml"
+          }
+        ]
+      },
+      {
+        "recipe": "generate",
+        "about": "writes a continuation of one prompt",
+        "aliases": [],
+        "path": null,
+        "configs": [
+          {
+            "name": "smollm2/135M_generate",
+            "path": "configs/smollm2/135M_generate.yaml"
+          }
+        ]
+      }
+    ]
+    "#);
+}
+
+#[test]
+fn validate_says_well_formed() {
+    assert_snapshot!(Case::new().validate(&[]), @"
+    exit 0
+    --- stdout
+    Config is well-formed!
+    ");
+}
+
+#[test]
+fn validate_prints_notices_once() {
+    let case = Case::edited(&[("  lr: 3e-4", "  lr: 3e-4\n  fused: True")]);
+    assert_snapshot!(case.validate(&["compile=True", "checkpointer.output_dir=model"]), @"
+    exit 0
+    --- stdout
+    Config is well-formed!
+    --- stderr
+    notice: `optimizer.fused` changes nothing here: the host picks the kernel (c.yaml:20:3)
+    notice: `compile` changes nothing here: nothing is compiled at run time: the first step is as fast as the last (command line)
+    notice: checkpoints go to `out`: `checkpointer.output_dir` is the model's folder or inside it, which is never written to (command line)
+    ");
+}
+
+#[test]
+fn validate_gives_json() {
+    let case = Case::edited(&[("device: cpu", "device: cpu\nepoch: 3")]);
+    assert_snapshot!(case.validate(&["--json"]), @r#"
+    exit 2
+    --- stdout
+    {
+      "config": "c.yaml",
+      "valid": false,
+      "plan": null,
+      "notices": [],
+      "errors": [
+        {
+          "message": "unknown key `epoch`",
+          "locations": [
+            {
+              "file": "c.yaml",
+              "line": 26,
+              "column": 1
+            }
+          ],
+          "causes": [],
+          "hints": [
+            "did you mean `epochs`?"
+          ]
+        }
+      ]
+    }
+    --- stderr
+    error: unknown key `epoch`
+      --> c.yaml:26:1
+    hint: did you mean `epochs`?
+    "#);
+    let good = Case::new().validate(&["--json", "seed=3"]);
+    let value: serde_json::Value = serde_json::from_str(good.strip_prefix("exit 0\n--- stdout\n").unwrap()).unwrap();
+    assert_eq!(value["valid"], true);
+    assert_eq!(value["plan"]["train"]["seed"], 3);
+}
+
+#[test]
+fn overrides_change_the_plan() {
+    let overrides =
+        ["--json", "optimizer.lr=1e-3", "model.lora_attn_modules=[k_proj]", "~lr_scheduler", "dataset.split=train[:1]"];
+    let found = Case::new().validate(&overrides);
+    let value: serde_json::Value = serde_json::from_str(found.strip_prefix("exit 0\n--- stdout\n").unwrap()).unwrap();
+    let plan = &value["plan"]["train"];
+    assert_eq!(plan["optimizer"]["lr"], 1e-3);
+    assert_eq!(plan["model"]["lora"]["targets"][0], "k_proj");
+    assert_eq!(plan["schedule"], "constant");
+    assert_eq!(plan["dataset"]["split"], "train[:1]");
+    assert_eq!(plan["overrides"][0], "optimizer.lr=1e-3");
+}
+
+#[test]
+fn run_needs_a_config() {
+    assert_snapshot!(Case::new().host(&["run", "lora_distributed"]), @"
+    exit 2
+    --- stderr
+    error: the following required arguments were not provided:
+      --config <FILE>
+
+    Usage: host run --config <FILE> <RECIPE> [OVERRIDE]...
+
+    For more information, try '--help'.
+    ");
+}
+
+#[test]
+fn flags_stand_before_or_after_the_recipe() {
+    let case = Case::new();
+    let after = case.host(&["run", "lora_distributed", "--config", "absent.yaml", "--nproc", "2", "epochs=2"]);
+    assert_snapshot!(after, @"
+    exit 2
+    --- stderr
+    error: cannot read the config `absent.yaml`
+    cause: No such file or directory (os error 2)
+    hint: `host ls` lists the configs that come with it; `--config` takes a path or such a name
+    ");
+    for flag in ["--nproc", "--nproc_per_node", "--nproc-per-node", "--master-port", "--master_port"] {
+        assert_eq!(
+            case.host(&["run", flag, "2", "lora_finetune_distributed", "--config", "absent.yaml", "epochs=2"]),
+            after
+        );
+    }
+}
+
+#[test]
+fn no_process_is_not_a_number_of_processes() {
+    assert_snapshot!(Case::new().host(&["run", "lora_distributed", "--nproc", "0", "--config", "c.yaml"]), @"
+    exit 2
+    --- stderr
+    error: invalid value '0' for '--nproc <N>': 0 is not in 1..=1024
+
+    For more information, try '--help'.
+    ");
+}
+
+#[test]
+fn generate_runs_in_one_process() {
+    let case = Case::with(
+        "model: {_component_: llama}\ncheckpointer: {_component_: FullModelHFCheckpointer, checkpoint_dir: model}\ntokenizer: {_component_: hf_tokenizer, path: model}\nprompt: {user: hello}\ndevice: cpu\n",
+    );
+    assert_snapshot!(case.validate(&[]), @"
+    exit 0
+    --- stdout
+    Config is well-formed!
+    ");
+    assert_snapshot!(case.host(&["run", "generate", "--nproc", "2", "--config", "c.yaml"]), @"
+    exit 2
+    --- stderr
+    error: `generate` runs in one process, and 2 were asked for
+    hint: leave `--nproc` out
+    ");
+}
+
+#[test]
+fn a_config_of_the_wrong_kind() {
+    let case = Case::new();
+    assert_snapshot!(case.host(&["run", "generate", "--config", "c.yaml"]), @"
+    exit 2
+    --- stderr
+    error: this config is for training
+      --> c.yaml
+    hint: `generate` needs a `prompt`, see `smollm2/135M_generate`
+    ");
+    case.write("g.yaml", "prompt: hello\n");
+    assert_snapshot!(case.host(&["run", "lora_distributed", "--config", "g.yaml"]), @"
+    exit 2
+    --- stderr
+    error: this config is for `generate`
+      --> g.yaml
+    hint: `host run generate --config …`
+    ");
+}
+
+#[test]
+fn import_needs_a_model_and_a_folder() {
+    assert_snapshot!(Case::new().host(&["import", "absent.gguf", "--output-dir", "new"]), @"
+    exit 2
+    --- stderr
+    error: cannot open the model file `absent.gguf`
+    cause: No such file or directory (os error 2)
+    ");
+    assert_snapshot!(Case::new().host(&["import", "absent.gguf"]), @"
+    exit 2
+    --- stderr
+    error: the following required arguments were not provided:
+      --output-dir <FOLDER>
+
+    Usage: host import --output-dir <FOLDER> <INPUT>
+
+    For more information, try '--help'.
+    ");
+}
+
+/// A GGUF header and one tensor of type `kind`, with nothing behind it.
+fn gguf(kind: u32) -> Vec<u8> {
+    let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+    let mut file = b"GGUF".to_vec();
+    file.extend(3u32.to_le_bytes());
+    file.extend(1u64.to_le_bytes()); // tensors
+    file.extend(1u64.to_le_bytes()); // keys
+    file.extend([text("general.architecture"), 8u32.to_le_bytes().to_vec(), text("llama")].concat());
+    file.extend(text("token_embd.weight"));
+    file.extend(2u32.to_le_bytes());
+    file.extend([256u64, 4].map(u64::to_le_bytes).concat());
+    file.extend(kind.to_le_bytes());
+    file.extend(0u64.to_le_bytes());
+    file
+}
+
+#[test]
+fn a_gguf_that_is_cut_short_or_of_an_unread_kind_leaves_nothing() {
+    let case = Case::new();
+    const F16: u32 = 1;
+    const IQ2_XXS: u32 = 16;
+    case.write("cut.gguf", &gguf(F16)[..40]);
+    case.write("short.gguf", gguf(F16));
+    case.write("kind.gguf", gguf(IQ2_XXS));
+    case.write("foreign.gguf", "PK\u{3}\u{4} not a model at all");
+    assert_snapshot!(case.host(&["import", "cut.gguf", "--output-dir", "new"]), @"
+    exit 2
+    --- stderr
+    error: `cut.gguf` is damaged or cut short
+    cause: it declares 1 tensors, with 16 bytes left
+    hint: get the file again and compare its size and checksum with the source's
+    ");
+    assert_snapshot!(case.host(&["import", "short.gguf", "--output-dir", "new"]), @"
+    exit 2
+    --- stderr
+    error: `short.gguf` is damaged or cut short
+    cause: tensor `token_embd.weight` ends at byte 2176, the file has 126 bytes
+    hint: get the file again and compare its size and checksum with the source's
+    ");
+    assert_snapshot!(case.host(&["import", "kind.gguf", "--output-dir", "new"]), @"
+    exit 2
+    --- stderr
+    error: tensor `token_embd.weight` of `kind.gguf` is quantised as IQ2_XXS
+    cause: these are read: F32, F16, BF16, Q8_0, Q4_1, Q4_0
+    hint: take a Q8_0, Q4_1, F16 or BF16 file of the same model, or requantise with `llama-quantize --allow-requantize`
+    ");
+    assert_snapshot!(case.host(&["import", "foreign.gguf", "--output-dir", "new"]), @"
+    exit 2
+    --- stderr
+    error: `foreign.gguf` is not a GGUF file: it has 23 bytes
+    hint: `host import` reads llama.cpp's `.gguf` files; a Hugging Face folder needs no import
+    ");
+    assert!(!case.path().join("new").exists());
+}
