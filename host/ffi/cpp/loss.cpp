@@ -1,0 +1,120 @@
+// Cross-entropy over a frozen LM head. The gradient of the hidden states is made in the forward pass, chunk by chunk,
+// so that one chunk of logits is all that ever exists (the idea of Liger Kernel's fused linear cross-entropy).
+#include "kernels.h"
+#include "linear.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <numeric>
+#include <vector>
+
+namespace host {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int64_t kIgnore = -100;
+
+// Sums the loss of a chunk; with `gradient` the logits become d(sum)/d(logits).
+double chunk_cpu(Tensor& logits, const int64_t* labels, bool gradient) {
+  const int64_t rows = logits.size(0), width = logits.size(1);
+  std::vector<double> losses(rows, 0.0);
+  const auto run = [&](auto* base) {
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(width);
+      for (int64_t i = begin; i < end; i++) {
+        if (labels[i] == kIgnore) {
+          if (gradient) std::memset(static_cast<void*>(base + i * width), 0, width * sizeof(*base));
+          continue;
+        }
+        losses[i] = kernels::cross_entropy_row(base + i * width, width, labels[i], scratch.data(), gradient);
+      }
+    });
+  };
+  if (logits.scalar_type() == at::kFloat) {
+    run(static_cast<float*>(logits.data_ptr()));
+  } else {
+    run(static_cast<kernels::bf16*>(logits.data_ptr()));
+  }
+  return std::accumulate(losses.begin(), losses.end(), 0.0);
+}
+
+Tensor chunk_composite(Tensor& logits, const Tensor& labels, bool gradient) {
+  const Tensor kept = labels != kIgnore;
+  const Tensor index = labels.clamp_min(0).unsqueeze(1);
+  Tensor log_probs = at::log_softmax(logits.to(at::kFloat), 1);
+  const Tensor sum = -(log_probs.gather(1, index).squeeze(1) * kept).sum();
+  if (gradient) {
+    Tensor probs = log_probs.exp_();
+    probs.scatter_add_(1, index, at::full_like(index, -1.0, probs.options()));
+    logits = probs.mul_(kept.unsqueeze(1)).to(logits.scalar_type());
+  }
+  return sum;
+}
+
+struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& labels, const FrozenLinear* head,
+                        int64_t chunk_rows, bool gradient) {
+    const int64_t rows = hidden.size(0);
+    Tensor dhidden;
+    if (gradient) dhidden = at::empty(hidden.sizes(), hidden.options());
+    double sum = 0;
+    Tensor device_sum = at::zeros({}, hidden.options().dtype(at::kFloat));
+    const bool fused = is_cpu_fused(hidden);
+    for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
+      const int64_t count = std::min(chunk_rows, rows - begin);
+      Tensor logits = head->forward(hidden.narrow(0, begin, count));
+      const Tensor chunk_labels = labels.narrow(0, begin, count);
+      if (fused) {
+        sum += chunk_cpu(logits, static_cast<const int64_t*>(chunk_labels.data_ptr()), gradient);
+      } else {
+        device_sum += chunk_composite(logits, chunk_labels, gradient);
+      }
+      if (gradient) dhidden.narrow(0, begin, count).copy_(head->backward(logits));
+    }
+    if (gradient) ctx->save_for_backward({dhidden});
+    return fused ? at::full({}, sum, hidden.options().dtype(at::kFloat)) : device_sum;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Tensor dhidden = ctx->get_saved_variables()[0];
+    // The gradient of a loss is fp32; the product is rounded once.
+    const Tensor dx = dhidden.to(at::kFloat).mul_(grads[0]).to(dhidden.scalar_type());
+    return {dx, Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor linear_cross_entropy_sum(const Tensor& hidden, const FrozenLinear& head, const Tensor& labels_in,
+                                int64_t chunk_rows) {
+  const char* name = "linear_cross_entropy_sum";
+  TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == head.in_features(), name, ": hidden must be [L, ",
+              head.in_features(), "], got ", hidden.sizes());
+  TORCH_CHECK(hidden.scalar_type() == head.weight.scalar_type(), name, ": hidden is ", hidden.scalar_type(),
+              " and the head ", head.weight.scalar_type());
+  TORCH_CHECK(labels_in.dim() == 1 && labels_in.size(0) == hidden.size(0) && labels_in.scalar_type() == at::kLong, name,
+              ": labels must be Long [", hidden.size(0), "], got ", labels_in.scalar_type(), " ", labels_in.sizes());
+  TORCH_CHECK(chunk_rows > 0, name, ": chunk_rows must be positive, got ", chunk_rows);
+  const Tensor labels = labels_in.to(hidden.device()).contiguous();
+  if (labels.device().is_cpu()) {
+    const auto* label = static_cast<const int64_t*>(labels.data_ptr());
+    for (int64_t i = 0; i < labels.size(0); i++) {
+      TORCH_CHECK(label[i] == kIgnore || (label[i] >= 0 && label[i] < head.out_features()), name, ": label ", label[i],
+                  " at row ", i, " is outside of the vocabulary of ", head.out_features());
+    }
+  }
+  const bool gradient = at::GradMode::is_enabled() && hidden.requires_grad();
+  return LinearCrossEntropy::apply(hidden, labels, &head, chunk_rows, gradient);
+}
+
+}  // namespace
+}  // namespace host
+
+extern "C" char* host_linear_cross_entropy_sum(const at::Tensor* hidden, const host::FrozenLinear* head,
+                                               const at::Tensor* labels, int64_t chunk_rows, at::Tensor** out) {
+  return host::guard(
+      [&] { *out = host::give(host::linear_cross_entropy_sum(*hidden, *head, *labels, chunk_rows)); });
+}

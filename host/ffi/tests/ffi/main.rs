@@ -1,0 +1,11 @@
+//! One binary, because each links libtorch.
+
+mod attention;
+mod autograd;
+mod backend;
+mod dist;
+mod loss;
+mod memory;
+mod reference;
+mod rng;
+mod training;
