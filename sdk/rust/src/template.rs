@@ -1,0 +1,174 @@
+//! Templates: a trait, and the macro that makes a type the template of a crate.
+
+use std::cell::RefCell;
+
+use crate::bindings::host::sdk::types::Failure;
+use crate::bindings::template::exports::host::sdk::rows;
+use crate::error::into_failure;
+use crate::{Error, Result};
+
+pub use rows::{Message, Role};
+
+/// How rows of data become messages.
+///
+/// ```ignore
+/// use host_sdk::prelude::*;
+///
+/// #[derive(Default)]
+/// struct Echo;
+///
+/// impl Template for Echo {
+///     fn render(&mut self, row: Row) -> Result<Vec<Message>, RowError> {
+///         let text = row.get("input").ok_or("no `input`")?;
+///         Ok(vec![Message::user([text]), Message::assistant([text])])
+///     }
+/// }
+///
+/// host_sdk::template!(Echo);
+/// ```
+pub trait Template: Default {
+    /// Called once, before any row, with the names of the columns.
+    fn configure(&mut self, columns: &[String]) -> Result<()> {
+        let _ = columns;
+        Ok(())
+    }
+
+    /// The messages of one row, or why it has none.
+    fn render(&mut self, row: Row) -> Result<Vec<Message>, RowError>;
+}
+
+/// One row: the text of each column that has one.
+pub struct Row<'a> {
+    columns: &'a [String],
+    row: &'a rows::Row,
+}
+
+impl<'a> Row<'a> {
+    /// The row's number in its data set.
+    pub fn id(&self) -> i64 {
+        self.row.id
+    }
+
+    /// The text of a column; `None` where the row has no value, as in a prompt to be completed.
+    pub fn get(&self, column: &str) -> Option<&'a str> {
+        let index = self.columns.iter().position(|name| name == column)?;
+        self.cell(index)
+    }
+
+    /// The text of the column with this index among those [`Template::configure`] was given.
+    pub fn cell(&self, index: usize) -> Option<&'a str> {
+        self.row.cells.get(index)?.as_deref()
+    }
+}
+
+/// Why a row has no messages.
+pub enum RowError {
+    /// The template leaves it out on purpose.
+    Skip(String),
+    /// The row is bad; the config's `on_bad_row` decides.
+    Fail(String),
+}
+
+impl From<&str> for RowError {
+    fn from(reason: &str) -> Self {
+        Self::Fail(reason.into())
+    }
+}
+
+impl From<String> for RowError {
+    fn from(reason: String) -> Self {
+        Self::Fail(reason)
+    }
+}
+
+impl Message {
+    /// A message whose parts are tokenised each on its own; loss as the config says.
+    pub fn new<P: Into<String>>(role: Role, parts: impl IntoIterator<Item = P>) -> Self {
+        Self { role, parts: parts.into_iter().map(Into::into).collect(), train: None }
+    }
+
+    /// Sets the scene.
+    pub fn system<P: Into<String>>(parts: impl IntoIterator<Item = P>) -> Self {
+        Self::new(Role::System, parts)
+    }
+
+    /// What is asked.
+    pub fn user<P: Into<String>>(parts: impl IntoIterator<Item = P>) -> Self {
+        Self::new(Role::User, parts)
+    }
+
+    /// What is answered.
+    pub fn assistant<P: Into<String>>(parts: impl IntoIterator<Item = P>) -> Self {
+        Self::new(Role::Assistant, parts)
+    }
+
+    /// Decides about loss on this message, whatever the config says.
+    #[must_use]
+    pub fn train(mut self, train: bool) -> Self {
+        self.train = Some(train);
+        self
+    }
+}
+
+/// The template of a crate and its columns, once configured.
+#[doc(hidden)]
+pub struct Rows<T>(RefCell<Option<(T, Vec<String>)>>);
+
+impl<T: Template> Rows<T> {
+    #[allow(clippy::new_without_default)]
+    pub const fn new() -> Self {
+        Self(RefCell::new(None))
+    }
+}
+
+#[doc(hidden)]
+pub fn configure<T: Template>(rows: &Rows<T>, columns: Vec<String>) -> Result<(), Failure> {
+    let mut template = T::default();
+    template.configure(&columns).map_err(into_failure)?;
+    *rows.0.borrow_mut() = Some((template, columns));
+    Ok(())
+}
+
+#[doc(hidden)]
+pub fn render<T: Template>(rows: &Rows<T>, batch: Vec<rows::Row>) -> Result<Vec<rows::Outcome>, Failure> {
+    let mut configured = rows.0.borrow_mut();
+    let (template, columns) =
+        configured.as_mut().ok_or_else(|| into_failure(Error::new("`render` was called before `configure`")))?;
+    let outcome = |row| match template.render(Row { columns, row }) {
+        Ok(messages) => rows::Outcome::Keep(messages),
+        Err(RowError::Skip(reason)) => rows::Outcome::Skip(reason),
+        Err(RowError::Fail(reason)) => rows::Outcome::Fail(reason),
+    };
+    Ok(batch.iter().map(outcome).collect())
+}
+
+/// Makes a type that implements [`Template`] the template of this crate.
+#[macro_export]
+macro_rules! template {
+    ($template:ty) => {
+        struct HostSdkTemplate;
+
+        ::std::thread_local! {
+            static HOST_SDK_ROWS: $crate::export::Rows<$template> = const { $crate::export::Rows::new() };
+        }
+
+        impl $crate::bindings::template::exports::host::sdk::rows::Guest for HostSdkTemplate {
+            fn configure(
+                columns: ::std::vec::Vec<::std::string::String>,
+            ) -> ::std::result::Result<(), $crate::bindings::host::sdk::types::Failure> {
+                HOST_SDK_ROWS.with(|rows| $crate::export::configure(rows, columns))
+            }
+
+            fn render(
+                batch: ::std::vec::Vec<$crate::bindings::template::exports::host::sdk::rows::Row>,
+            ) -> ::std::result::Result<
+                ::std::vec::Vec<$crate::bindings::template::exports::host::sdk::rows::Outcome>,
+                $crate::bindings::host::sdk::types::Failure,
+            > {
+                HOST_SDK_ROWS.with(|rows| $crate::export::render(rows, batch))
+            }
+        }
+
+        $crate::bindings::template::export_template!(HostSdkTemplate with_types_in $crate::bindings::template);
+    };
+}
