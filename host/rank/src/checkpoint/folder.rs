@@ -1,0 +1,174 @@
+//! Checkpoint folders: `step_N/` and `epoch_N/` under the output folder.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use host::Result;
+use host::config::plan::{CheckpointPlan, ModelPlan};
+use host::error::IoContext;
+use tch::Kind;
+
+use crate::adapter::{LoraAdapter, peft};
+use crate::checkpoint::resume::{ResumeState, existing};
+use crate::checkpoint::{files, merged};
+use crate::model::Weights;
+
+/// Files of the base model at least this large are weights or the like, and not copied beside a checkpoint.
+const MAX_COPIED_BYTES: u64 = 100 * 1024 * 1024;
+
+/// The adapter's folder in a checkpoint.
+pub const ADAPTER_DIR: &str = "adapter";
+
+/// Writes and prunes the checkpoints of one run. Used on rank 0 alone.
+pub struct Saver {
+    plan: CheckpointPlan,
+    checkpoint_dir: PathBuf,
+    kind: Kind,
+    /// What a run records beside its weights: the resolved config and versions.
+    record: serde_json::Value,
+    resolved_yaml: String,
+    /// Folders of this run, oldest first.
+    written: Vec<PathBuf>,
+}
+
+impl Saver {
+    pub fn new(
+        plan: &CheckpointPlan,
+        model: &ModelPlan,
+        kind: Kind,
+        record: serde_json::Value,
+        yaml: &str,
+    ) -> Result<Self> {
+        Ok(Self {
+            // A resumed run prunes what it finds as well: the limit is the folder's.
+            written: if plan.resume { existing(&plan.output_dir)? } else { vec![] },
+            plan: plan.clone(),
+            checkpoint_dir: model.checkpoint_dir.clone(),
+            kind,
+            record,
+            resolved_yaml: yaml.to_owned(),
+        })
+    }
+
+    /// Writes the checkpoint `name` and returns its folder. Either the whole folder appears, or none.
+    pub fn save(&mut self, name: &str, base: &Weights, adapter: &LoraAdapter, state: &ResumeState) -> Result<PathBuf> {
+        let output_dir = &self.plan.output_dir;
+        fs::create_dir_all(output_dir).path_context("create", output_dir)?;
+        let target = output_dir.join(name);
+        let partial = output_dir.join(format!(".{name}.partial"));
+        if partial.exists() {
+            fs::remove_dir_all(&partial).path_context("remove the unfinished", &partial)?;
+        }
+        fs::create_dir(&partial).path_context("create", &partial)?;
+        let written = self.fill(&partial, base, adapter, state).and_then(|()| publish(&partial, &target));
+        if written.is_err() {
+            // The error that matters is the one that stopped the write; a leftover has a name no reader takes for whole.
+            let _ = fs::remove_dir_all(&partial);
+        }
+        written?;
+        self.written.retain(|path| *path != target);
+        self.written.push(target.clone());
+        self.prune();
+        Ok(target)
+    }
+
+    fn fill(&self, dir: &Path, base: &Weights, adapter: &LoraAdapter, state: &ResumeState) -> Result<()> {
+        self.copy_small_files(dir)?;
+        if !self.plan.adapter_only {
+            merged::write(base, Some(adapter), self.kind, merged::MAX_SHARD_BYTES, dir)?;
+        }
+        // In a folder of its own: beside merged weights, transformers would find it and apply it a second time.
+        let adapter_dir = dir.join(ADAPTER_DIR);
+        fs::create_dir(&adapter_dir).path_context("create", &adapter_dir)?;
+        peft::write(adapter, &peft::base_model_name(&self.checkpoint_dir)?, &adapter_dir)?;
+        files::sync(&adapter_dir)?;
+        files::write_json(&dir.join("run.json"), &self.record)?;
+        files::write_bytes(&dir.join("config_resolved.yaml"), self.resolved_yaml.as_bytes())?;
+        state.write(dir)
+    }
+
+    /// Config and tokenizer files of the base, so that the folder loads by itself.
+    fn copy_small_files(&self, dir: &Path) -> Result<()> {
+        let base = &self.checkpoint_dir;
+        for entry in fs::read_dir(base).path_context("list", base)? {
+            let path = entry.path_context("list", base)?.path();
+            let name = path.file_name().unwrap_or_default();
+            let meta = fs::metadata(&path).path_context("read", &path)?;
+            let is_weights = [".safetensors", ".bin", ".pt", ".pth", ".gguf", "index.json"]
+                .iter()
+                .any(|end| name.to_string_lossy().ends_with(end));
+            // Another run's records, when the base is itself a checkpoint of ours.
+            let is_record =
+                ["run.json", "config_resolved.yaml", "resume.json", "adapter_config.json", "original_repo_id.json"]
+                    .iter()
+                    .any(|record| name == *record);
+            if meta.is_file() && meta.len() < MAX_COPIED_BYTES && !is_weights && !is_record {
+                let bytes = fs::read(&path).path_context("read", &path)?;
+                files::write_bytes(&dir.join(name), &self.with_dtype(&name.to_string_lossy(), bytes))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// `config.json` names the type the weights are saved in.
+    fn with_dtype(&self, name: &str, bytes: Vec<u8>) -> Vec<u8> {
+        if name != "config.json" {
+            return bytes;
+        }
+        let Ok(serde_json::Value::Object(mut map)) = serde_json::from_slice(&bytes) else { return bytes };
+        let dtype = if self.kind == Kind::Float { "float32" } else { "bfloat16" };
+        for key in ["torch_dtype", "dtype"] {
+            if let Some(value) = map.get_mut(key) {
+                *value = dtype.into();
+            }
+        }
+        let mut text = serde_json::to_string_pretty(&map).unwrap_or_default();
+        text.push('\n');
+        text.into_bytes()
+    }
+
+    /// Keeps the newest folders of this run, as many as the config says.
+    fn prune(&mut self) {
+        let Some(keep) = self.plan.keep_last_n else { return };
+        while self.written.len() > keep.max(1) {
+            remove_old(&self.written.remove(0));
+        }
+    }
+}
+
+/// Removes a checkpoint under a name that no reader takes for whole. That it fails, or that somebody was faster, is no
+/// reason to end a run whose new checkpoint is safe.
+fn remove_old(folder: &Path) {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let doomed = folder.with_file_name(format!(".{name}.partial"));
+    match fs::rename(folder, &doomed).and_then(|()| fs::remove_dir_all(&doomed)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!("cannot remove the old checkpoint `{}`: {error}", folder.display());
+        }
+        _ => {}
+    }
+}
+
+/// Gives a finished folder its name. An older folder of that name steps aside first and is removed last, so that at any
+/// moment a whole checkpoint is there.
+fn publish(partial: &Path, target: &Path) -> Result<()> {
+    files::sync(partial)?;
+    let mut aside = target.as_os_str().to_owned();
+    aside.push(".old");
+    let aside = PathBuf::from(aside);
+    let replaces = target.exists();
+    if replaces {
+        if aside.exists() {
+            fs::remove_dir_all(&aside).path_context("remove", &aside)?;
+        }
+        fs::rename(target, &aside).path_context("set aside", target)?;
+    }
+    fs::rename(partial, target).path_context("rename to", target)?;
+    if let Some(parent) = target.parent() {
+        files::sync(parent)?;
+    }
+    if replaces {
+        fs::remove_dir_all(&aside).path_context("remove", &aside)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,56 @@
+//! The merged model: the base's tensors with the adapter folded in, streamed one at a time into shards with an index.
+
+use std::path::Path;
+
+use host::Result;
+use serde_json::json;
+use tch::{Device, Kind};
+
+use crate::adapter::LoraAdapter;
+use crate::checkpoint::files::{self, LazyTensor};
+use crate::model::Weights;
+
+/// Hugging Face's own limit for one shard.
+pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
+
+/// Writes every tensor of `base`, adapters merged, as `kind` into `dir`: `model-0000i-of-0000N.safetensors` and index.
+pub fn write(
+    base: &Weights,
+    adapter: Option<&LoraAdapter>,
+    kind: Kind,
+    max_shard_bytes: usize,
+    dir: &Path,
+) -> Result<()> {
+    let dtype = files::dtype(kind)?;
+    let mut shards: Vec<Vec<(&str, Vec<usize>)>> = vec![vec![]];
+    let (mut shard_bytes, mut total_bytes) = (0, 0);
+    for (name, entry) in &base.index.tensors {
+        let bytes = entry.shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        if shard_bytes + bytes > max_shard_bytes && shard_bytes > 0 {
+            shards.push(vec![]);
+            shard_bytes = 0;
+        }
+        shard_bytes += bytes;
+        total_bytes += bytes;
+        shards.last_mut().expect("there is a first shard").push((name.as_str(), entry.shape.clone()));
+    }
+    let mut weight_map = serde_json::Map::new();
+    for (index, shard) in shards.iter().enumerate() {
+        let file = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
+        let mut tensors = Vec::with_capacity(shard.len());
+        for (name, shape) in shard {
+            weight_map.insert((*name).to_owned(), json!(file));
+            // Everything that can fail about a base tensor failed when the model was loaded from it.
+            let name = *name;
+            let produce = Box::new(move || {
+                let weight = base.load_any(name, Kind::Float, Device::Cpu).expect("the base was loaded before");
+                let layer = name.strip_suffix(".weight").unwrap_or(name);
+                adapter.and_then(|adapter| adapter.merge(layer, &weight)).unwrap_or(weight).to_kind(kind)
+            });
+            tensors.push((name.to_owned(), LazyTensor { dtype, shape: shape.clone(), produce }));
+        }
+        files::write_lazy(&dir.join(&file), tensors)?;
+    }
+    let index = json!({"metadata": {"total_size": total_bytes}, "weight_map": weight_map});
+    files::write_json(&dir.join("model.safetensors.index.json"), &index)
+}

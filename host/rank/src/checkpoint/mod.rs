@@ -1,0 +1,10 @@
+//! What a run leaves on disk: folders in the Hugging Face layout with merged weights, the adapter, and what resuming
+//! needs. Written to a temporary name, synced, renamed: a folder that has its name is whole.
+
+pub mod files;
+pub mod folder;
+pub mod merged;
+pub mod resume;
+
+pub use folder::Saver;
+pub use resume::{Position, ResumeState};

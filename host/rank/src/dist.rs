@@ -1,0 +1,79 @@
+//! The ranks of a run as one group. A world of one is a group of one, not a special case.
+
+use std::time::Duration;
+
+use host::error::{Error, Kind, Result};
+use host::worker::WorkerEnv;
+use host_ffi::dist;
+use tch::Tensor;
+
+use crate::torch::TorchContext;
+
+/// How long a collective waits for a peer before the run is given up. A rank may be validating or writing a checkpoint.
+const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+/// How long the ranks wait for each other to start.
+const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+
+pub struct Group {
+    pub rank: usize,
+    pub world_size: usize,
+    inner: dist::Group,
+}
+
+impl Group {
+    /// Meets the other ranks at the master's address.
+    pub fn join(env: &WorkerEnv) -> Result<Self> {
+        let (rank, world_size) = (env.rank, env.world_size);
+        if world_size == 1 {
+            return Ok(Self { rank, world_size, inner: dist::Group::alone() });
+        }
+        let store = if rank == 0 {
+            dist::Store::serve(&env.master_addr, env.master_port, world_size, RENDEZVOUS_TIMEOUT)
+                .torch("start the ranks' meeting point")?
+        } else {
+            dist::Store::connect(&env.master_addr, env.master_port, world_size, RENDEZVOUS_TIMEOUT)
+                .map_err(|error| lost_peer("rank 0 could not be reached", error))?
+        };
+        let inner = dist::Group::join(&store, "ranks", rank, world_size, COLLECTIVE_TIMEOUT)
+            .map_err(|error| lost_peer("the ranks could not find each other", error))?;
+        Ok(Self { rank, world_size, inner })
+    }
+
+    /// Sums `tensor` over all ranks, in place.
+    pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<()> {
+        self.inner.all_reduce_sum(tensor).map_err(|error| lost_peer("an all-reduce failed", error))
+    }
+
+    pub fn is_main(&self) -> bool {
+        self.rank == 0
+    }
+
+    /// Whether the work that some ranks did failed on one of them; returns when every rank has called it.
+    pub fn any_failed<T>(&self, outcome: &Option<Result<T>>) -> Result<bool> {
+        let failed = Tensor::from(f32::from(u8::from(matches!(outcome, Some(Err(_)))))).view([1]);
+        self.all_reduce_sum(&failed)?;
+        Ok(failed.double_value(&[0]) > 0.0)
+    }
+
+    /// Runs `work` on rank 0 while the others wait. If it fails there, every rank fails: the one with the error, the
+    /// others saying for whom they stopped.
+    pub fn on_main<T>(&self, doing: &str, work: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+        let outcome = if self.is_main() { Some(work()) } else { None };
+        let failed = self.any_failed(&outcome)?;
+        match outcome {
+            Some(result) => result.map(Some),
+            None if failed => Err(stopped(format!("rank 0 could not {doing}"))),
+            None => Ok(None),
+        }
+    }
+}
+
+/// An error that says another rank is the cause: the launcher reports that rank's own error instead.
+fn lost_peer(what: &str, error: host_ffi::FfiError) -> Error {
+    stopped(what).cause(error)
+}
+
+/// A rank that has no mistake of its own: another rank reports the cause.
+pub fn stopped(why: impl std::fmt::Display) -> Error {
+    Error::new(Kind::Peer, format!("stopped because {why}"))
+}

@@ -1,0 +1,112 @@
+//! `host-rank`: one rank of a run. Started by `host run`, not by hand.
+
+use std::io::IsTerminal;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use host::config::plan::{GeneratePlan, GuestLimits, GuestRef, Plan, TrainPlan};
+use host::data::template::{OpenTemplate, PlainTemplate};
+use host::error::Kind;
+use host::worker::{self, StopFlag, WorkerEnv};
+use host::{Error, Result};
+use host_rank::train::{self, Run};
+use host_rank::{generate, logits, script};
+
+fn main() -> ExitCode {
+    if let Err(error) = WorkerEnv::die_with_launcher() {
+        return fail(&error);
+    }
+    let env = match WorkerEnv::read() {
+        Ok(env) => env,
+        Err(error) => return fail(&error),
+    };
+    env.install_panic_hook();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let outcome = match arguments[..] {
+        ["--probe"] => probe(&env),
+        ["--plan", path] => start(Path::new(path), &env),
+        ["--logits", model, "--tokens", tokens, "--out", out] => {
+            logits::write(Path::new(model), Path::new(tokens), Path::new(out))
+        }
+        _ => Err(Error::config("`host-rank` is started by `host run`").hint("see `host run --help`")),
+    };
+    let Err(error) = outcome else { return ExitCode::SUCCESS };
+    let reported = if error.kind == Kind::Peer { env.report_secondary(&error) } else { env.report(&error) };
+    // A launcher prints the report; without one, or when it cannot be written, this is the only place that can.
+    match (&env.report, reported) {
+        (Some(_), Ok(())) => ExitCode::from(error.exit_code()),
+        _ => fail(&error),
+    }
+}
+
+fn fail(error: &Error) -> ExitCode {
+    eprintln!("{error}");
+    ExitCode::from(error.exit_code())
+}
+
+fn probe(env: &WorkerEnv) -> Result<()> {
+    let probe = host_rank::device::probe(&env.libtorch_lib)?;
+    println!("{}", serde_json::to_string(&probe).map_err(|error| Error::bug(error.to_string()))?);
+    Ok(())
+}
+
+fn start(plan: &Path, env: &WorkerEnv) -> Result<()> {
+    let stop = worker::install_signals()?;
+    let text = std::fs::read_to_string(plan)
+        .map_err(|error| Error::bug(format!("cannot read the plan `{}`", plan.display())).cause(error))?;
+    let plan: Plan = serde_json::from_str(&text).map_err(|error| Error::bug("the plan cannot be read").cause(error))?;
+    // Guests recurse on their own stack budget; libtorch wants a deep one too.
+    script::on_big_stack(|| match plan {
+        Plan::Train(plan) => train(*plan, env, stop),
+        Plan::Generate(plan) => generate(&plan, env, &stop),
+    })?
+}
+
+fn train(plan: TrainPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
+    logging(&plan.metrics.log_level, env);
+    let recipe = script::Recipe::load(&plan.recipe, &plan.limits)?;
+    let inputs = train::Inputs {
+        env: env.clone(),
+        template: template(plan.tokenizer.prompt_template.as_ref(), &plan.limits)?,
+        stop: stop.clone(),
+        recipe_digest: recipe.digest().to_owned(),
+    };
+    let run = Run::open(plan, inputs)?;
+    let interruption = run.interruption();
+    recipe.run(Box::new(run), env.rank, stop)?;
+    match interruption.get() {
+        None => Ok(()),
+        Some(step) => Err(Error::interrupted(format!("stopped after step {step}; the checkpoint is saved"))
+            .hint("go on with `resume_from_checkpoint=True`")),
+    }
+}
+
+fn generate(plan: &GeneratePlan, env: &WorkerEnv, stop: &StopFlag) -> Result<()> {
+    logging("INFO", env);
+    let template = template(plan.tokenizer.prompt_template.as_ref(), &plan.limits)?;
+    generate::run(plan, env, template.as_ref(), stop)
+}
+
+fn template(guest: Option<&GuestRef>, limits: &GuestLimits) -> Result<Arc<dyn OpenTemplate + Send + Sync>> {
+    match guest {
+        Some(guest) => script::open_template(guest, limits),
+        None => Ok(Arc::new(PlainTemplate)),
+    }
+}
+
+/// Logs go to stderr; the launcher labels the lines of ranks other than 0.
+fn logging(level: &str, env: &WorkerEnv) {
+    let level = level.parse().unwrap_or(tracing::Level::INFO);
+    let directives = format!("host={level},host_rank={level}");
+    let filter = tracing_subscriber::EnvFilter::try_from_env("HOST_LOG").unwrap_or_else(|_| directives.into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .without_time()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+    tracing::debug!("rank {} of {}", env.rank, env.world_size);
+}

@@ -1,0 +1,117 @@
+//! What a run tells about its steps: torchtune's keys, plus speeds and memory that can be compared. Rank 0 writes.
+
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use host::Result;
+use host::config::plan::{DiskFormat, MetricSink, MetricsPlan};
+use host::error::IoContext;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value};
+
+/// One step's figures, in the order they are printed.
+#[derive(Clone, Debug, Default)]
+pub struct StepMetrics(Vec<(&'static str, f64)>);
+
+impl StepMetrics {
+    pub fn push(&mut self, key: &'static str, value: f64) {
+        self.0.push((key, value));
+    }
+
+    fn text(&self, step: usize) -> String {
+        let pairs: Vec<String> = self.0.iter().map(|(key, value)| format!("{key}:{value}")).collect();
+        format!("Step {step} | {}", pairs.join(" "))
+    }
+
+    fn json(&self, step: usize) -> String {
+        let mut map = Map::from_iter([("step".to_owned(), Value::from(step))]);
+        map.extend(self.0.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))));
+        Value::Object(map).to_string()
+    }
+}
+
+/// Where the figures go.
+pub struct Recorder {
+    sink: Sink,
+}
+
+enum Sink {
+    Stdout,
+    Disk { file: File, path: PathBuf, format: DiskFormat },
+}
+
+impl Recorder {
+    pub fn open(plan: &MetricsPlan) -> Result<Self> {
+        let MetricSink::Disk { log_dir, format, filename } = &plan.sink else {
+            return Ok(Self { sink: Sink::Stdout });
+        };
+        std::fs::create_dir_all(log_dir).path_context("create", log_dir)?;
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let ending = if *format == DiskFormat::Jsonl { "jsonl" } else { "txt" };
+        let path = log_dir.join(filename.clone().unwrap_or_else(|| format!("log_{seconds}.{ending}")));
+        // Appending: a resumed run that names its file goes on in it.
+        let file = File::options().create(true).append(true).open(&path).path_context("create", &path)?;
+        tracing::info!("Writing logs to {}", path.display());
+        Ok(Self { sink: Sink::Disk { file, path, format: *format } })
+    }
+
+    pub fn record(&mut self, step: usize, metrics: &StepMetrics) -> Result<()> {
+        match &mut self.sink {
+            Sink::Stdout => {
+                println!("{}", metrics.text(step));
+                Ok(())
+            }
+            Sink::Disk { file, path, format } => {
+                let line = if *format == DiskFormat::Jsonl { metrics.json(step) } else { metrics.text(step) };
+                writeln!(file, "{line}").path_context("write", path.as_path())
+            }
+        }
+    }
+}
+
+/// The bar of one epoch, in torchtune's form: `epoch|step|Loss: x`. Where there is no terminal, a plain line a step.
+pub struct Progress {
+    bar: ProgressBar,
+    plain: bool,
+}
+
+impl Progress {
+    pub fn epoch(total: usize, done: usize) -> Self {
+        let plain = !std::io::stderr().is_terminal();
+        let bar = if plain { ProgressBar::hidden() } else { ProgressBar::new(total as u64) };
+        let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} [{elapsed}<{eta}, {per_sec}]");
+        bar.set_style(style.expect("the template is a constant"));
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+        Self { bar, plain }
+    }
+
+    pub fn step(&self, epoch: usize, step: usize, loss: f64, took: Duration) {
+        let message = format!("{}|{step}|Loss: {loss}", epoch + 1);
+        self.bar.inc(1);
+        if self.plain {
+            let (position, length) = (self.bar.position(), self.bar.length().unwrap_or_default());
+            eprintln!("{message} {position}/{length} [{:.2}s/it]", took.as_secs_f64());
+        }
+        self.bar.set_message(message);
+    }
+
+    /// Prints `line` above the bar.
+    pub fn say(&self, line: &str) {
+        if self.plain { eprintln!("{line}") } else { self.bar.println(line) }
+    }
+
+    pub fn finish(&self) {
+        self.bar.finish();
+    }
+}
+
+/// Most memory this process has held, in MiB.
+pub fn peak_rss_mb() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<f64>().ok());
+    kib.unwrap_or(0.0) / 1024.0
+}

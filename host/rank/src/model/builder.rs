@@ -1,0 +1,61 @@
+//! Hands out layers by checkpoint name. The one seam that knows where weights come from and which of them carry an
+//! adapter; a family only says what it is made of.
+
+use host::Result;
+use host_ffi::autograd::FrozenLinear;
+use tch::{Device, Kind, Tensor};
+
+use crate::adapter::LoraAdapter;
+use crate::model::layers::{Linear, RmsNorm};
+use crate::model::{Rope, Weights};
+use crate::torch::TorchContext;
+
+/// Where the layers under one name prefix come from.
+pub struct Builder<'a> {
+    pub weights: &'a Weights,
+    pub adapter: Option<&'a LoraAdapter>,
+    pub kind: Kind,
+    pub device: Device,
+    prefix: String,
+}
+
+impl<'a> Builder<'a> {
+    pub fn new(weights: &'a Weights, adapter: Option<&'a LoraAdapter>, kind: Kind, device: Device) -> Self {
+        Self { weights, adapter, kind, device, prefix: String::new() }
+    }
+
+    /// The builder of what lies under `name`.
+    pub fn pp(&self, name: impl std::fmt::Display) -> Builder<'a> {
+        Builder { prefix: self.full(&name.to_string()), ..*self }
+    }
+
+    pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        self.weights.load(&self.full(name), shape, self.kind, self.device)
+    }
+
+    pub fn linear(&self, name: &str, inputs: i64, outputs: i64) -> Result<Linear> {
+        let weight = self.pp(name).tensor("weight", &[outputs, inputs])?;
+        self.linear_of(name, weight)
+    }
+
+    /// A linear layer over a weight that another layer owns too (a tied head).
+    pub fn linear_of(&self, name: &str, weight: Tensor) -> Result<Linear> {
+        let name = self.full(name);
+        // Not reordered for oneDNN: measured at 3% faster here for three times the weights' memory.
+        let frozen = FrozenLinear::new(&weight, None, false).torch(format!("prepare `{name}`"))?;
+        let lora = self.adapter.and_then(|adapter| adapter.pair(&name));
+        Ok(Linear { name, frozen, lora })
+    }
+
+    pub fn rms_norm(&self, name: &str, size: i64, eps: f64) -> Result<RmsNorm> {
+        Ok(RmsNorm { weight: self.pp(name).tensor("weight", &[size])?, eps })
+    }
+
+    pub fn rope(&self, config: &host::hf::ModelConfig) -> Rope {
+        Rope::new(config, self.device)
+    }
+
+    fn full(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
+    }
+}

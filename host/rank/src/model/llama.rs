@@ -1,0 +1,160 @@
+//! The Llama family: pre-norm decoder, RMSNorm, rotary grouped-query attention, gated MLP.
+
+use host::Result;
+use host::hf::ModelConfig;
+use tch::Tensor;
+
+use crate::model::builder::Builder;
+use crate::model::layers::{Attention, Forward, Head, Mlp, RmsNorm};
+use crate::model::{KvCache, Rope};
+
+pub struct Llama {
+    pub config: ModelConfig,
+    embedding: Tensor, // [V, D]
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    pub head: Head,
+    rope: Rope,
+}
+
+struct Layer {
+    attention_norm: RmsNorm,
+    attention: Attention,
+    mlp_norm: RmsNorm,
+    mlp: Mlp,
+}
+
+/// A linear layer as an adapter sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinearSpec {
+    pub name: String,
+    pub inputs: i64,
+    pub outputs: i64,
+}
+
+/// Every linear layer of the family, in the order of the forward.
+pub fn linears(config: &ModelConfig) -> Vec<LinearSpec> {
+    let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
+    let queries = config.num_heads * config.head_dim;
+    let keys = config.num_kv_heads * config.head_dim;
+    let mut specs = Vec::new();
+    for layer in 0..config.num_layers {
+        for (name, inputs, outputs) in [
+            ("self_attn.q_proj", hidden, queries),
+            ("self_attn.k_proj", hidden, keys),
+            ("self_attn.v_proj", hidden, keys),
+            ("self_attn.o_proj", queries, hidden),
+            ("mlp.gate_proj", hidden, ffn),
+            ("mlp.up_proj", hidden, ffn),
+            ("mlp.down_proj", ffn, hidden),
+        ] {
+            specs.push(LinearSpec { name: format!("model.layers.{layer}.{name}"), inputs, outputs });
+        }
+    }
+    if !config.tie_word_embeddings {
+        specs.push(LinearSpec { name: "lm_head".into(), inputs: hidden, outputs: config.vocab_size });
+    }
+    specs
+}
+
+impl Llama {
+    pub fn build(config: &ModelConfig, root: &Builder) -> Result<Self> {
+        let model = root.pp("model");
+        let embedding = model.pp("embed_tokens").tensor("weight", &[config.vocab_size, config.hidden_size])?;
+        let layers = (0..config.num_layers)
+            .map(|index| Layer::build(config, &model.pp("layers").pp(index)))
+            .collect::<Result<_>>()?;
+        let head = if config.tie_word_embeddings {
+            root.linear_of("lm_head", embedding.shallow_clone())?
+        } else {
+            root.linear("lm_head", config.hidden_size, config.vocab_size)?
+        };
+        let norm = model.rms_norm("norm", config.hidden_size, config.rms_norm_eps)?;
+        Ok(Self { config: config.clone(), embedding, layers, norm, head: Head(head), rope: root.rope(config) })
+    }
+
+    /// What a forward over `positions` `[T]` needs, without dropout.
+    pub fn forward<'a>(&self, positions: &Tensor, cu_seqlens: &'a [i64]) -> Forward<'a> {
+        let (cos, sin) = self.rope.angles(positions);
+        Forward { cu_seqlens, cos, sin, dropout_keys: None }
+    }
+
+    /// Hidden states after the final norm at `rows` (all when `None`) for `tokens` `[T]`: `[rows, D]`.
+    ///
+    /// Nothing mixes tokens after the last attention, so what follows it runs at `rows` alone.
+    pub fn hidden(
+        &self,
+        tokens: &Tensor,
+        forward: &Forward,
+        rows: Option<&Tensor>,
+        mut cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        let selected = rows.map(|rows| (rows, forward.at(rows)));
+        let last = self.layers.len() - 1;
+        let mut x = self.embedding.index_select(0, tokens); // [T, D]
+        for (index, layer) in self.layers.iter().enumerate() {
+            let slot = cache.as_deref_mut().map(|cache| (cache, index));
+            x = layer.forward(&x, forward, slot, selected.as_ref().filter(|_| index == last))?;
+        }
+        if let Some(cache) = cache {
+            cache.advance(tokens.size()[0]);
+        }
+        self.norm.forward(&x)
+    }
+
+    /// Scores over the vocabulary, f32, at `rows`: `[rows, V]`.
+    pub fn logits(
+        &self,
+        tokens: &Tensor,
+        forward: &Forward,
+        rows: Option<&Tensor>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        self.head.logits(&self.hidden(tokens, forward, rows, cache)?, forward)
+    }
+}
+
+impl Layer {
+    fn build(config: &ModelConfig, layer: &Builder) -> Result<Self> {
+        let (hidden, ffn, eps) = (config.hidden_size, config.intermediate_size, config.rms_norm_eps);
+        let queries = config.num_heads * config.head_dim;
+        let keys = config.num_kv_heads * config.head_dim;
+        let attention = layer.pp("self_attn");
+        let mlp = layer.pp("mlp");
+        Ok(Self {
+            attention_norm: layer.rms_norm("input_layernorm", hidden, eps)?,
+            attention: Attention {
+                q: attention.linear("q_proj", hidden, queries)?,
+                k: attention.linear("k_proj", hidden, keys)?,
+                v: attention.linear("v_proj", hidden, keys)?,
+                o: attention.linear("o_proj", queries, hidden)?,
+                num_heads: config.num_heads,
+                num_kv_heads: config.num_kv_heads,
+                head_dim: config.head_dim,
+            },
+            mlp_norm: layer.rms_norm("post_attention_layernorm", hidden, eps)?,
+            mlp: Mlp {
+                gate: mlp.linear("gate_proj", hidden, ffn)?,
+                up: mlp.linear("up_proj", hidden, ffn)?,
+                down: mlp.linear("down_proj", ffn, hidden)?,
+            },
+        })
+    }
+
+    fn forward(
+        &self,
+        x: &Tensor,
+        forward: &Forward,
+        cache: Option<(&mut KvCache, usize)>,
+        selected: Option<&(&Tensor, Forward)>,
+    ) -> Result<Tensor> {
+        let mixed = self.attention.mix(&self.attention_norm.forward(x)?, forward, cache)?;
+        let (x, mixed, forward) = match selected {
+            Some((rows, forward)) => (x.index_select(0, rows), mixed.index_select(0, rows), forward),
+            None => (x.shallow_clone(), mixed, forward),
+        };
+        let x = x + self.attention.o.forward(&mixed, forward)?;
+        let update = self.mlp.forward(&self.mlp_norm.forward(&x)?, forward)?;
+        Ok(x + update)
+    }
+}

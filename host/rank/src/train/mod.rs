@@ -1,0 +1,11 @@
+//! Training: [`Run`] is the one implementation of what a turn of the loop does, for every rank count, recipe and method.
+//! A recipe calls it; it never calls a recipe.
+
+pub mod batch;
+pub mod evaluate;
+pub mod open;
+pub mod run;
+pub mod step;
+
+pub use open::{Inputs, Opened, Tokens};
+pub use run::Run;

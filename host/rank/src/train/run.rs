@@ -1,0 +1,416 @@
+//! One run: what a recipe's calls do. Every rank makes the same calls; what differs is which samples it holds.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use host::config::plan::{ClipPlan, TrainPlan};
+use host::data::{MicroBatch, Order, Tokenized};
+use host::worker::StopFlag;
+use host::{Error, Result};
+use tch::{Device, Kind, Tensor};
+
+use crate::adapter::LoraAdapter;
+use crate::checkpoint::{Position, ResumeState, Saver};
+use crate::dist::Group;
+use crate::metrics::{self, Progress, Recorder, StepMetrics};
+use crate::model::{Llama, Weights};
+use crate::optim::{AdamW, Schedule};
+use crate::torch::TorchContext;
+use crate::train::batch::{DeviceBatch, DropoutSeed};
+use crate::train::step::{StepState, Sums, Totals};
+
+/// Everything a run is made of; [`Run::open`] gathers it.
+pub struct Parts {
+    pub plan: TrainPlan,
+    pub group: Group,
+    pub device: Device,
+    pub weights: Weights,
+    pub model: Llama,
+    pub adapter: LoraAdapter,
+    pub optimizer: AdamW,
+    pub schedule: Schedule,
+    pub data: Tokenized,
+    pub validation: Option<Tokenized>,
+    pub order: Order,
+    pub pad: i64,
+    pub position: Position,
+    pub steps_per_epoch: usize,
+    pub saver: Saver,
+    pub recorder: Option<Recorder>,
+    pub stop: StopFlag,
+}
+
+pub struct Run {
+    pub(super) parts: Parts,
+    /// Row numbers of the current epoch, in the order all ranks share.
+    epoch_order: Vec<u32>,
+    step: Option<StepState>,
+    progress: Option<Progress>,
+    /// Set, to the steps done, when the ranks agreed to stop before the last one.
+    interruption: Rc<Cell<Option<usize>>>,
+    validated_at: Option<usize>,
+    /// The resolved config, for recipes that ask.
+    config: serde_json::Value,
+}
+
+impl Run {
+    pub(super) fn start(parts: Parts) -> Result<Self> {
+        let epoch_order = parts.order.epoch(parts.position.epoch);
+        let config = serde_yaml::from_str(&parts.plan.resolved_yaml)
+            .map_err(|error| Error::bug("the resolved config cannot be read").cause(error))?;
+        let mut run = Self {
+            parts,
+            epoch_order,
+            step: None,
+            progress: None,
+            interruption: Rc::default(),
+            validated_at: None,
+            config,
+        };
+        if run.parts.position.step == 0 {
+            run.validate(None)?;
+        }
+        run.begin_progress();
+        Ok(run)
+    }
+
+    /// Tells, once the run has ended, after how many steps a signal stopped it.
+    pub fn interruption(&self) -> Rc<Cell<Option<usize>>> {
+        Rc::clone(&self.interruption)
+    }
+
+    pub fn plan(&self) -> &TrainPlan {
+        &self.parts.plan
+    }
+
+    /// Optimizer steps done.
+    pub fn steps_done(&self) -> usize {
+        self.parts.position.step
+    }
+
+    /// A key of the resolved config by dotted path.
+    pub fn config(&self, key: &str) -> Option<serde_json::Value> {
+        key.split('.').try_fold(&self.config, |value, name| value.get(name)).cloned()
+    }
+
+    /// The adapter's numbers, flat.
+    pub fn parameters(&self) -> Tensor {
+        self.parts.adapter.flat.detach()
+    }
+
+    /// Gradients of the step under way, summed and not yet divided: layer name, of A, of B.
+    pub fn gradients(&self) -> Vec<(String, Tensor, Tensor)> {
+        let pairs = self.parts.adapter.factors();
+        pairs.map(|(layer, a, b)| (layer.to_owned(), a.grad(), b.grad())).collect()
+    }
+
+    pub fn rank(&self) -> usize {
+        self.parts.group.rank
+    }
+
+    /// Begins the next step; `false` when the run is complete or was asked to stop.
+    pub fn next_step(&mut self) -> Result<bool> {
+        if self.step.is_some() {
+            return Err(Error::run("a step was begun before the last one was finished")
+                .hint("call `step.finish()` at the end of each step"));
+        }
+        if self.interruption.get().is_some() || self.is_complete() {
+            return Ok(false);
+        }
+        let waiting = VecDeque::from(self.microbatches());
+        let sums = Sums::zero(self.parts.device);
+        self.step = Some(StepState { waiting, current: None, next_key: 0, sums, started: Instant::now() });
+        Ok(true)
+    }
+
+    fn is_complete(&self) -> bool {
+        self.parts.position.epoch >= self.parts.plan.epochs
+    }
+
+    /// This rank's part of the current step's samples.
+    fn microbatches(&self) -> Vec<MicroBatch> {
+        let parts = &self.parts;
+        let first = parts.position.step_in_epoch * parts.position.samples_per_step;
+        let samples = &self.epoch_order[first..first + parts.position.samples_per_step];
+        host::data::microbatches(&parts.data, samples, &self.layout(), parts.group.rank, parts.group.world_size)
+    }
+
+    pub(super) fn layout(&self) -> host::data::BatchLayout {
+        let plan = &self.parts.plan;
+        host::data::BatchLayout {
+            layout: plan.layout,
+            batch_size: plan.batch_size,
+            tokens_per_microbatch: plan.tokens_per_microbatch,
+            pad: self.parts.pad,
+        }
+    }
+
+    /// The next micro-batch of this step on this rank, under a key that names it until the next is taken.
+    pub fn next_batch(&mut self) -> Result<Option<(u64, &DeviceBatch)>> {
+        let dropout = self.dropout();
+        let device = self.parts.device;
+        let step = self.step.as_mut().ok_or_else(no_step)?;
+        let Some(batch) = step.waiting.pop_front() else {
+            step.current = None;
+            return Ok(None);
+        };
+        step.sums.count(&batch);
+        step.next_key += 1;
+        let current = step.current.insert((step.next_key, DeviceBatch::new(&batch, device, dropout)));
+        Ok(Some((current.0, &current.1)))
+    }
+
+    fn dropout(&self) -> Option<DropoutSeed> {
+        let (plan, position) = (&self.parts.adapter.plan, &self.parts.position);
+        (plan.dropout > 0.0).then_some(DropoutSeed { seed: position.seed, step: position.step })
+    }
+
+    fn batch(&self, key: u64) -> Result<&DeviceBatch> {
+        let current = self.step.as_ref().ok_or_else(no_step)?.current.as_ref();
+        current.filter(|(name, _)| *name == key).map(|(_, batch)| batch).ok_or_else(|| {
+            Error::run("a batch was used after the next one was taken")
+                .hint("use each batch before asking for the next")
+        })
+    }
+
+    /// Target tokens of a batch, `[L]`.
+    pub fn labels(&self, key: u64) -> Result<Tensor> {
+        Ok(self.batch(key)?.labels.shallow_clone())
+    }
+
+    /// Summed cross-entropy of a batch, and the label tokens it is a sum over.
+    pub fn loss(&self, key: u64) -> Result<(Tensor, f64)> {
+        let batch = self.batch(key)?;
+        let sum = batch.loss_sum(&self.parts.model, self.chunk_rows(batch.num_labels))?;
+        Ok((sum, batch.num_labels as f64))
+    }
+
+    pub(super) fn chunk_rows(&self, labels: i64) -> i64 {
+        /// Scores of this many rows are in memory at once: 100 MB at a vocabulary of 49,152 in f32.
+        const MOST_ROWS: i64 = 512;
+        let chunks = self.parts.plan.loss.num_output_chunks.max(1) as i64;
+        (labels + chunks - 1).div_euclid(chunks).clamp(1, MOST_ROWS)
+    }
+
+    /// Scores of a batch at its label positions, f32 `[L, V]`.
+    pub fn logits(&self, key: u64) -> Result<Tensor> {
+        self.batch(key)?.logits(&self.parts.model)
+    }
+
+    /// Adds the gradient of `sum` to the step and `weight` to its divisor.
+    pub fn backward(&mut self, sum: &Tensor, weight: f64) -> Result<()> {
+        let step = self.step.as_mut().ok_or_else(no_step)?;
+        step.sums.add_loss(sum, weight);
+        // Nothing to learn from a batch without labels; its sum has no graph.
+        if sum.requires_grad() {
+            host_ffi::grad::backward(sum).torch("compute gradients")?;
+        }
+        Ok(())
+    }
+
+    /// Ends the step: reduce, scale, clip, update, schedule; then metrics, validation, checkpoint as the plan says.
+    pub fn finish_step(&mut self) -> Result<()> {
+        let step = self.step.take().ok_or_else(no_step)?;
+        if !step.waiting.is_empty() {
+            return Err(Error::run(format!(
+                "the step was finished with {} of its batches not taken",
+                step.waiting.len()
+            ))
+            .hint("take every batch: `for batch in step.batches()`"));
+        }
+        let totals = self.reduce(&step.sums)?;
+        let loss = totals.mean_loss();
+        if !loss.is_finite() {
+            return Err(Error::run(format!("the loss of step {} is {loss}", self.parts.position.step + 1))
+                .hint("lower `optimizer.lr`, or train in `dtype: fp32`; the newest checkpoint is untouched"));
+        }
+        let grad_norm = self.update()?;
+        let parts = &mut self.parts;
+        parts.position.step += 1;
+        parts.position.step_in_epoch += 1;
+        self.report(&totals, grad_norm, step.started.elapsed())?;
+        self.after_step(totals.stops > 0.0)
+    }
+
+    /// One all-reduce per step: gradients and sums in one flat buffer.
+    fn reduce(&mut self, sums: &Sums) -> Result<Totals> {
+        const SCALARS: i64 = 7;
+        let parts = &mut self.parts;
+        let stop = f64::from(u8::from(parts.stop.is_set()));
+        let scalars =
+            [sums.weight, sums.tokens, sums.padded_tokens, sums.labels, metrics::peak_rss_mb(), stop].map(|x| x as f32);
+        let tail = Tensor::cat(
+            &[
+                sums.loss.to_kind(Kind::Float).view([1]).to_device(parts.device),
+                Tensor::from_slice(&scalars).to_device(parts.device),
+            ],
+            0,
+        );
+        let size = parts.adapter.grad.size()[0];
+        let flat = Tensor::cat(&[parts.adapter.grad.to_kind(Kind::Float), tail], 0);
+        parts.group.all_reduce_sum(&flat)?;
+        let numbers: Vec<f64> =
+            Vec::try_from(flat.narrow(0, size, SCALARS).to_kind(Kind::Double).to_device(Device::Cpu))
+                .torch("read the step's sums")?;
+        let [loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops] = numbers[..] else {
+            return Err(Error::bug("the reduced sums have another length"));
+        };
+        let divisor = if weight > 0.0 { weight } else { 1.0 };
+        parts.adapter.grad.copy_(&(flat.narrow(0, 0, size) / divisor));
+        Ok(Totals { loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops })
+    }
+
+    /// Clips and applies the gradients; returns their norm before clipping.
+    fn update(&mut self) -> Result<f64> {
+        let parts = &mut self.parts;
+        let grad = &mut parts.adapter.grad;
+        let norm = grad.to_kind(Kind::Float).norm().double_value(&[]);
+        if !norm.is_finite() {
+            return Err(Error::run(format!("the gradient norm of step {} is {norm}", parts.position.step + 1))
+                .hint("lower `optimizer.lr`, or train in `dtype: fp32`; the newest checkpoint is untouched"));
+        }
+        if let Some(ClipPlan::MaxNorm(max)) = parts.plan.clip_grad_norm {
+            // torch.nn.utils.clip_grad_norm_: the epsilon keeps a zero norm from dividing by zero.
+            let factor = (max / (norm + 1e-6)).min(1.0);
+            let _ = grad.g_mul_scalar_(factor);
+        }
+        let lr = parts.schedule.at(parts.position.step);
+        tch::no_grad(|| parts.optimizer.step(&parts.adapter.flat, grad, lr))?;
+        let _ = grad.zero_();
+        Ok(norm)
+    }
+
+    fn report(&mut self, totals: &Totals, grad_norm: f64, took: Duration) -> Result<()> {
+        let parts = &mut self.parts;
+        let step = parts.position.step;
+        let loss = totals.mean_loss();
+        if let Some(progress) = &self.progress {
+            progress.step(parts.position.epoch, step, loss, took);
+        }
+        let Some(recorder) = &mut parts.recorder else { return Ok(()) };
+        if !step.is_multiple_of(parts.plan.metrics.log_every_n_steps) {
+            return Ok(());
+        }
+        let seconds = took.as_secs_f64();
+        let mut metrics = StepMetrics::default();
+        metrics.push("loss", loss);
+        // The rate of the step to come, as torchtune logs it.
+        metrics.push("lr", parts.schedule.at(step));
+        metrics.push("tokens_per_second_per_gpu", totals.labels / seconds / parts.group.world_size as f64);
+        metrics.push("tokens_per_second", totals.tokens / seconds);
+        metrics.push("grad_norm", grad_norm);
+        metrics.push("label_tokens", totals.labels);
+        metrics.push("real_tokens", totals.tokens);
+        metrics.push("padded_tokens", totals.padded_tokens);
+        metrics.push("seconds", seconds);
+        metrics.push("peak_rss_mb", totals.peak_rss_mb);
+        if parts.plan.metrics.log_peak_memory_stats {
+            push_memory(&mut metrics, parts.device)?;
+        }
+        recorder.record(step, &metrics)
+    }
+
+    /// Validation, the epoch's turn, checkpoints, and the agreed stop.
+    fn after_step(&mut self, stop: bool) -> Result<()> {
+        let parts = &mut self.parts;
+        let step = parts.position.step;
+        let epoch_ends = parts.position.step_in_epoch >= parts.steps_per_epoch;
+        let epoch = parts.position.epoch;
+        if epoch_ends {
+            parts.position.epoch += 1;
+            parts.position.step_in_epoch = 0;
+        }
+        let is_due = |every: Option<usize>| every.is_some_and(|every| step.is_multiple_of(every));
+        let validate = is_due(parts.plan.run_val_every_n_steps) || self.is_complete();
+        let save_step = is_due(self.parts.plan.checkpoint.save_every_n_steps);
+        if validate && (!stop || self.is_complete()) {
+            self.validate(Some(step))?;
+        }
+        if epoch_ends {
+            self.save(&format!("epoch_{epoch}"))?;
+        } else if save_step || stop {
+            self.save(&format!("step_{step}"))?;
+        }
+        if stop && !self.is_complete() {
+            self.interruption.set(Some(step));
+            self.end_progress();
+            return Ok(());
+        }
+        if epoch_ends {
+            self.end_progress();
+            if !self.is_complete() {
+                self.epoch_order = self.parts.order.epoch(self.parts.position.epoch);
+                self.begin_progress();
+            }
+        }
+        Ok(())
+    }
+
+    fn validate(&mut self, step: Option<usize>) -> Result<()> {
+        let at = step.unwrap_or(0);
+        if self.parts.validation.is_none() || self.validated_at == Some(at) {
+            return Ok(());
+        }
+        let loss = self.evaluate()?;
+        self.validated_at = Some(at);
+        if let Some(recorder) = &mut self.parts.recorder {
+            let mut metrics = StepMetrics::default();
+            metrics.push("val_loss", loss);
+            recorder.record(at, &metrics)?;
+            let line = format!("validation loss after step {at}: {loss:.4}");
+            match &self.progress {
+                Some(progress) => progress.say(&line),
+                None => eprintln!("{line}"),
+            }
+        }
+        Ok(())
+    }
+
+    fn save(&mut self, name: &str) -> Result<()> {
+        let parts = &mut self.parts;
+        let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let state = ResumeState {
+            position: Position { saved_at, ..parts.position.clone() },
+            parameters: parts.adapter.flat.detach().copy(),
+            exp_avg: parts.optimizer.exp_avg.shallow_clone(),
+            exp_avg_sq: parts.optimizer.exp_avg_sq.shallow_clone(),
+        };
+        let (saver, weights, adapter) = (&mut parts.saver, &parts.weights, &parts.adapter);
+        let started = Instant::now();
+        let folder = parts.group.on_main("write the checkpoint", || saver.save(name, weights, adapter, &state))?;
+        if let (Some(folder), Some(progress)) = (folder, &self.progress) {
+            progress.say(&format!("saved {} in {:.2} s", folder.display(), started.elapsed().as_secs_f64()));
+        }
+        Ok(())
+    }
+
+    fn begin_progress(&mut self) {
+        if self.parts.group.is_main() && !self.is_complete() {
+            self.progress = Some(Progress::epoch(self.parts.steps_per_epoch, self.parts.position.step_in_epoch));
+        }
+    }
+
+    fn end_progress(&mut self) {
+        if let Some(progress) = self.progress.take() {
+            progress.finish();
+        }
+    }
+}
+
+fn no_step() -> Error {
+    Error::run("no step is under way").hint("take one first: `for step in run.steps()`")
+}
+
+/// Peak GPU memory since the last report, in GiB as torchtune logs it; a CPU has none.
+fn push_memory(metrics: &mut StepMetrics, device: Device) -> Result<()> {
+    const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
+    if let Some(stats) = host_ffi::backend::memory_stats(device).torch("read the memory statistics")? {
+        metrics.push("peak_memory_active", stats.active as f64 / GIB);
+        metrics.push("peak_memory_alloc", stats.allocated as f64 / GIB);
+        metrics.push("peak_memory_reserved", stats.reserved as f64 / GIB);
+        host_ffi::backend::reset_peak(device).torch("reset the memory statistics")?;
+    }
+    Ok(())
+}
