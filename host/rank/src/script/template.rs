@@ -1,0 +1,378 @@
+//! Templates: guests that turn rows into messages, opened once per data worker.
+//!
+//! The data path hands over rows in batches of its own size; a component is given them in pieces that its limits are made
+//! for. A template that failed repeats its first error, since what it would do next means nothing.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use host::config::plan::{GuestLimits, GuestRef};
+use host::data::template::{Message, OpenTemplate, Outcome, Role, Row, RowTemplate};
+use host::worker::StopFlag;
+use host::{Error, Result};
+use rhai::{AST, Array, CallFnOptions, Dynamic, Engine, EvalAltResult, ImmutableString, Map, Position, Scope};
+use wasmtime::Store;
+use wasmtime::component::{HasSelf, Linker};
+
+use super::api::HostState;
+use super::guest::{self, Blame, Guest, SDK_VERSION, World};
+use super::rhai::{Front, RhaiResult, Shared, explain, parse};
+use super::wasm::{self, GuestData};
+use super::{log, rhai_generated};
+
+mod wit {
+    wasmtime::component::bindgen!({
+        path: "../../sdk/wit/0.0.1",
+        world: "template",
+        imports: { default: trappable },
+        ownership: Borrowing { duplicate_if_necessary: true },
+        with: { "host:sdk/types@0.0.1": crate::script::api::types },
+    });
+}
+
+use wit::exports::host::sdk::rows;
+
+/// Rows that go to a component in one call.
+const MAX_BATCH_ROWS: usize = 256;
+/// Bytes of cells that go to a component in one call; a longer row goes alone.
+const MAX_BATCH_BYTES: usize = 1 << 20;
+
+/// Reads, checks and compiles a template, so that opening it later cannot fail for what its file says.
+pub fn open_template(guest: &GuestRef, limits: &GuestLimits) -> Result<Arc<dyn OpenTemplate + Send + Sync>> {
+    let path = &guest.path;
+    if let Some(key) = guest.settings.as_object().and_then(|settings| settings.keys().next()) {
+        return Err(Error::config(format!("the template `{}` was given `{key}`", path.display()))
+            .cause(format!("templates of host:sdk {SDK_VERSION} take no settings"))
+            .hint(format!("remove `{key}`")));
+    }
+    let (path, limits) = (path.clone(), limits.clone());
+    Ok(match guest::read(&path, World::Template)? {
+        Guest::Component(bytes) => {
+            let pre = load_component(&path, &bytes)?;
+            Arc::new(ComponentTemplate { digest: digest(&bytes), blame: Blame::template(&path), limits, pre })
+        }
+        Guest::Script(text) => {
+            let template = ScriptTemplate { digest: digest(text.as_bytes()), path, text, limits };
+            template.open()?;
+            Arc::new(template)
+        }
+    })
+}
+
+fn digest(bytes: &[u8]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(SDK_VERSION.as_bytes()).update(&[0]).update(bytes);
+    hasher.finalize().to_string()
+}
+
+impl Blame {
+    fn template(path: &Path) -> Self {
+        Self { world: World::Template, path: path.to_owned(), place: None, rank: None }
+    }
+}
+
+fn rows_place(rows: &[Row]) -> Option<String> {
+    match rows {
+        [] => None,
+        [row] => Some(format!("on row {}", row.id)),
+        [first, .., last] => Some(format!("on rows {} to {}", first.id, last.id)),
+    }
+}
+
+// ---- Components
+
+struct ComponentTemplate {
+    digest: String,
+    blame: Blame,
+    limits: GuestLimits,
+    pre: wit::TemplatePre<GuestData>,
+}
+
+fn load_component(path: &Path, bytes: &[u8]) -> Result<wit::TemplatePre<GuestData>> {
+    let component = wasm::compile(path, bytes)?;
+    let mut linker = Linker::new(wasm::engine()?);
+    wasm::link_inert_wasi(&mut linker)
+        .and_then(|()| wit::Template::add_to_linker::<_, HasSelf<HostState>>(&mut linker, |guest| &mut guest.host))
+        .map_err(|error| Error::bug("cannot link the SDK").cause(format!("{error:#}")))?;
+    linker.instantiate_pre(&component).and_then(wit::TemplatePre::new).map_err(|error| wasm::link_error(path, error))
+}
+
+impl OpenTemplate for ComponentTemplate {
+    fn open(&self) -> Result<Box<dyn RowTemplate>> {
+        let name = self.blame.path.display().to_string();
+        let state = HostState::new(&name, &self.limits, StopFlag::default(), None);
+        let mut store = wasm::new_store(state, &self.limits)?;
+        let blame = Blame::template(&self.blame.path);
+        match self.pre.instantiate(&mut store) {
+            Ok(template) => Ok(Box::new(ComponentRows { store, template, blame, failure: None })),
+            Err(error) => Err(wasm::explain(&blame, store.data_mut(), &error)),
+        }
+    }
+
+    fn digest(&self) -> String {
+        self.digest.clone()
+    }
+}
+
+struct ComponentRows {
+    store: Store<GuestData>,
+    template: wit::Template,
+    blame: Blame,
+    /// The first error; the store is of no use after it.
+    failure: Option<Error>,
+}
+
+impl ComponentRows {
+    /// Calls the guest, unless it failed before.
+    fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        if let Some(failure) = &self.failure {
+            return Err(failure.clone());
+        }
+        self.store.data_mut().host.clock.restart();
+        work(self).inspect_err(|error| self.failure = Some(error.clone()))
+    }
+
+    fn ended<T, F: Into<super::api::types::Failure>>(
+        &mut self,
+        outcome: wasmtime::Result<std::result::Result<T, F>>,
+    ) -> Result<T> {
+        match outcome {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(failure)) => Err(self.blame.given_up(failure.into())),
+            Err(error) => Err(wasm::explain(&self.blame, self.store.data_mut(), &error)),
+        }
+    }
+
+    fn render_batch(&mut self, batch: &[Row], outcomes: &mut Vec<Outcome>) -> Result<()> {
+        self.blame.place = rows_place(batch);
+        let cells: Vec<Vec<Option<&str>>> =
+            batch.iter().map(|row| row.cells.iter().map(Option::as_deref).collect()).collect();
+        let rows: Vec<rows::Row> =
+            batch.iter().zip(&cells).map(|(row, cells)| rows::Row { id: row.id as i64, cells }).collect();
+        let outcome = self.template.host_sdk_rows().call_render(&mut self.store, &rows);
+        let rendered = self.ended(outcome)?;
+        if rendered.len() != batch.len() {
+            let (got, needed) = (rendered.len(), batch.len());
+            return Err(self.blame.error().cause(format!("it gave back {got} outcomes for {needed} rows")));
+        }
+        outcomes.extend(rendered.into_iter().map(Outcome::from));
+        Ok(())
+    }
+}
+
+impl RowTemplate for ComponentRows {
+    fn configure(&mut self, columns: &[String]) -> Result<()> {
+        self.guarded(|this| {
+            this.blame.place = Some(format!("on the columns {}", columns.join(", ")));
+            let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
+            let outcome = this.template.host_sdk_rows().call_configure(&mut this.store, &columns);
+            this.ended(outcome)
+        })
+    }
+
+    fn render(&mut self, rows: &[Row]) -> Result<Vec<Outcome>> {
+        let mut outcomes = Vec::with_capacity(rows.len());
+        let mut rest = rows;
+        while !rest.is_empty() {
+            let (batch, later) = rest.split_at(batch_len(rest));
+            self.guarded(|this| this.render_batch(batch, &mut outcomes))?;
+            rest = later;
+        }
+        Ok(outcomes)
+    }
+}
+
+/// How many of `rows` go into one call: at least one.
+fn batch_len(rows: &[Row]) -> usize {
+    let mut bytes = 0;
+    let fit = rows.iter().take(MAX_BATCH_ROWS).take_while(|row| {
+        bytes += row.cells.iter().flatten().map(String::len).sum::<usize>();
+        bytes <= MAX_BATCH_BYTES
+    });
+    fit.count().max(1)
+}
+
+impl From<rows::Outcome> for Outcome {
+    fn from(outcome: rows::Outcome) -> Self {
+        match outcome {
+            rows::Outcome::Keep(messages) => Self::Keep(messages.into_iter().map(Message::from).collect()),
+            rows::Outcome::Skip(reason) => Self::Skip(log::clean_line(&reason)),
+            rows::Outcome::Fail(reason) => Self::Fail(log::clean_line(&reason)),
+        }
+    }
+}
+
+impl From<rows::Message> for Message {
+    fn from(message: rows::Message) -> Self {
+        let role = match message.role {
+            rows::Role::System => Role::System,
+            rows::Role::User => Role::User,
+            rows::Role::Assistant => Role::Assistant,
+        };
+        Self { role, parts: message.parts, train: message.train }
+    }
+}
+
+// ---- Scripts
+
+struct ScriptTemplate {
+    digest: String,
+    path: std::path::PathBuf,
+    text: String,
+    limits: GuestLimits,
+}
+
+/// A message as a script handles it.
+#[derive(Clone)]
+struct ScriptMessage {
+    role: Role,
+    parts: Vec<ImmutableString>,
+    train: Option<bool>,
+}
+
+/// What a script says of a row that has no messages.
+#[derive(Clone)]
+enum Verdict {
+    Skip(ImmutableString),
+    Fail(ImmutableString),
+}
+
+impl OpenTemplate for ScriptTemplate {
+    fn open(&self) -> Result<Box<dyn RowTemplate>> {
+        let state = HostState::new(&self.path.display().to_string(), &self.limits, StopFlag::default(), None);
+        let (engine, shared) = template_engine(state, &self.limits);
+        let script = parse(&self.path, &self.text, &engine)?;
+        let takes_one = |name: &str| script.iter_functions().any(|f| f.name == name && f.params.len() == 1);
+        if !takes_one("render") {
+            return Err(Error::config(format!("the script `{}` is not a template", self.path.display()))
+                .cause("it has no function `render(row)`")
+                .hint("a recipe is named by `recipe`, a template by the data set or the tokenizer"));
+        }
+        let has_configure = takes_one("configure");
+        let blame = Blame::template(&self.path);
+        Ok(Box::new(ScriptRows { engine, shared, script, has_configure, columns: vec![], blame, failure: None }))
+    }
+
+    fn digest(&self) -> String {
+        self.digest.clone()
+    }
+}
+
+fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Shared) {
+    let mut front = Front::new(state, limits);
+    rhai_generated::register_types(&mut front);
+    for (name, role) in [("system", Role::System), ("user", Role::User), ("assistant", Role::Assistant)] {
+        front.method(name, &["parts: String", "Message"], move |part: ImmutableString| ScriptMessage {
+            role,
+            parts: vec![part],
+            train: None,
+        });
+        front.method(name, &["parts: Array", "Message"], move |parts: Array| -> RhaiResult<ScriptMessage> {
+            Ok(ScriptMessage { role, parts: text_parts(name, parts)?, train: None })
+        });
+    }
+    front.method("skip", &["reason: String", "Verdict"], |reason: ImmutableString| Verdict::Skip(reason));
+    front.method("fail", &["reason: String", "Verdict"], |reason: ImmutableString| Verdict::Fail(reason));
+    front
+        .engine
+        .register_type_with_name::<ScriptMessage>("Message")
+        .register_type_with_name::<Verdict>("Verdict")
+        .register_set("train", |message: &mut ScriptMessage, train: bool| message.train = Some(train));
+    front.finish()
+}
+
+fn text_parts(name: &str, parts: Array) -> RhaiResult<Vec<ImmutableString>> {
+    let text = |part: Dynamic| {
+        part.into_immutable_string().map_err(|kind| {
+            let message = format!("`{name}` takes strings, and one part is of type {kind}");
+            let mut error = Map::new();
+            error.insert("message".into(), message.into());
+            EvalAltResult::ErrorRuntime(error.into(), Position::NONE).into()
+        })
+    };
+    parts.into_iter().map(text).collect()
+}
+
+struct ScriptRows {
+    engine: Engine,
+    shared: Shared,
+    script: AST,
+    has_configure: bool,
+    columns: Vec<String>,
+    blame: Blame,
+    failure: Option<Error>,
+}
+
+impl ScriptRows {
+    fn call(&mut self, function: &str, argument: Dynamic) -> Result<Dynamic> {
+        self.shared.borrow_mut().clock.restart();
+        // A fresh scope each time: one row cannot leave anything to the next.
+        let mut scope = Scope::new();
+        let options = CallFnOptions::new().eval_ast(true);
+        self.engine.call_fn_with_options(options, &mut scope, &self.script, function, (argument,)).map_err(|error| {
+            let report = explain(&self.blame, &mut self.shared.borrow_mut(), &error);
+            match *error {
+                EvalAltResult::ErrorPropertyNotFound(..) | EvalAltResult::ErrorInFunctionCall(..) => {
+                    report.hint(format!("the row's columns are {}; `column_map` names them", self.columns.join(", ")))
+                }
+                _ => report,
+            }
+        })
+    }
+
+    fn render_row(&mut self, row: &Row) -> Result<Outcome> {
+        self.blame.place = Some(format!("on row {}", row.id));
+        let cells = row.cells.iter().map(|cell| match cell {
+            Some(text) => ImmutableString::from(text.as_str()).into(),
+            None => Dynamic::UNIT,
+        });
+        let map: Map = self.columns.iter().map(|column| column.as_str().into()).zip(cells).collect();
+        let outcome = self.call("render", map.into())?;
+        let outcome = match outcome.try_cast_result::<Verdict>() {
+            Ok(Verdict::Skip(reason)) => return Ok(Outcome::Skip(log::clean_line(&reason))),
+            Ok(Verdict::Fail(reason)) => return Ok(Outcome::Fail(log::clean_line(&reason))),
+            Err(outcome) => outcome,
+        };
+        let wrong = |kind: &str| {
+            let hint =
+                "give back an array of `user(…)`, `assistant(…)`, `system(…)`, or `skip(reason)`, or `fail(reason)`";
+            self.blame.error().cause(format!("`render` gave back {kind}, not an array of messages")).hint(hint)
+        };
+        let messages = outcome.into_array().map_err(wrong)?;
+        let message = |message: Dynamic| {
+            let kind = message.type_name();
+            match message.try_cast::<ScriptMessage>() {
+                Some(ScriptMessage { role, parts, train }) => {
+                    Ok(Message { role, parts: parts.into_iter().map(String::from).collect(), train })
+                }
+                None => Err(wrong(&format!("an array with a value of type {kind}"))),
+            }
+        };
+        Ok(Outcome::Keep(messages.into_iter().map(message).collect::<Result<_>>()?))
+    }
+}
+
+impl RowTemplate for ScriptRows {
+    fn configure(&mut self, columns: &[String]) -> Result<()> {
+        self.columns = columns.to_vec();
+        if self.has_configure {
+            self.blame.place = Some(format!("on the columns {}", columns.join(", ")));
+            let columns: Array = columns.iter().map(|column| Dynamic::from(column.clone())).collect();
+            if let Err(error) = self.call("configure", columns.into()) {
+                self.failure = Some(error.clone());
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn render(&mut self, rows: &[Row]) -> Result<Vec<Outcome>> {
+        if let Some(failure) = &self.failure {
+            return Err(failure.clone());
+        }
+        rows.iter()
+            .map(|row| self.render_row(row))
+            .collect::<Result<_>>()
+            .inspect_err(|error: &Error| self.failure = Some(error.clone()))
+    }
+}

@@ -1,0 +1,420 @@
+//! Guests that are Wasm components: the engine, its limits, and what a trap is made into.
+//!
+//! Synchronous throughout: with wasmtime's async calls host functions would run on a small fiber stack. One engine serves
+//! the process, one store a guest instance; a store is dropped after its first trap, so the first cause is the only one
+//! reported. A native thread advances the epoch, at which a guest's time and the stop flag are looked at.
+
+use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use bytes::Bytes;
+use host::config::plan::GuestLimits;
+use host::worker::StopFlag;
+use host::{Error, Result};
+use wasmtime::component::{Component, HasData, HasSelf, Linker, Resource, ResourceTable};
+use wasmtime::{
+    Cache, CacheConfig, Config, Engine, ResourceLimiter, Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace,
+    WasmBacktraceDetails,
+};
+use wasmtime_wasi::cli::{WasiCli, WasiCliCtxView};
+use wasmtime_wasi::p2::bindings::cli::{stderr, stdout};
+use wasmtime_wasi::p2::{DynOutputStream, OutputStream, Pollable, StreamResult};
+use wasmtime_wasi::random::WasiRandom;
+use wasmtime_wasi::{I32Exit, WasiCtx};
+
+use super::api::{self, Failure, HostState};
+use super::guest::Blame;
+use super::log::SharedLog;
+use super::training::Training;
+
+const EPOCH: Duration = Duration::from_millis(10);
+/// Bytes a guest may hand over in one call.
+const HOSTCALL_BYTES: usize = 32 << 20;
+const MAX_MEMORIES: usize = 4;
+const MAX_INSTANCES: usize = 32;
+const MAX_TABLES: usize = 32;
+const MAX_TABLE_ELEMENTS: usize = 100_000;
+/// `HashMap`'s seed in a guest: the same in every run and on every rank.
+const INSECURE_SEED: u128 = 0x686f_7374;
+
+/// What a store holds.
+pub struct GuestData {
+    pub host: HostState,
+    wasi: WasiCtx,
+    table: ResourceTable,
+    memory: MemoryLimit,
+}
+
+/// The process's engine; the first call starts the thread that advances its epoch.
+pub fn engine() -> Result<&'static Engine> {
+    static ENGINE: OnceLock<std::result::Result<Engine, String>> = OnceLock::new();
+    ENGINE
+        .get_or_init(|| {
+            let engine = Engine::new(&config()).map_err(|error| format!("{error:#}"))?;
+            let ticking = engine.weak();
+            std::thread::Builder::new()
+                .name("epoch".into())
+                .spawn(move || {
+                    while let Some(engine) = ticking.upgrade() {
+                        engine.increment_epoch();
+                        drop(engine);
+                        std::thread::sleep(EPOCH);
+                    }
+                })
+                .map_err(|error| error.to_string())?;
+            Ok(engine)
+        })
+        .as_ref()
+        .map_err(|cause| Error::bug("cannot set up the Wasm engine").cause(cause))
+}
+
+fn config() -> Config {
+    let mut config = Config::new();
+    config
+        .wasm_component_model(true)
+        .epoch_interruption(true)
+        .wasm_backtrace_details(WasmBacktraceDetails::Enable)
+        // Equal results on every machine; guests do little arithmetic of their own.
+        .cranelift_nan_canonicalization(true)
+        .relaxed_simd_deterministic(true)
+        // Off: what our guests do not need and what advisories were about.
+        .concurrency_support(false)
+        .wasm_threads(false)
+        .shared_memory(false)
+        .wasm_gc(false)
+        .wasm_function_references(false)
+        .wasm_exceptions(false)
+        .wasm_memory64(false)
+        .wasm_stack_switching(false)
+        .wasm_custom_page_sizes(false)
+        .wasm_wide_arithmetic(false)
+        .cache(cache());
+    config
+}
+
+/// The cache of compiled guests. It holds native code, so only the user may be able to write it.
+fn cache() -> Option<Cache> {
+    use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+    let base = std::env::var_os("XDG_CACHE_HOME")
+        .map(std::path::PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .or_else(|| std::env::home_dir().map(|home| home.join(".cache")))?;
+    let dir = base.join("host").join("wasm");
+    let opened = std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&dir)
+        .and_then(|()| std::fs::metadata(&dir))
+        .map_err(|error| error.to_string())
+        .and_then(|metadata| {
+            let private = metadata.mode() & 0o022 == 0 && metadata.uid() == rustix::process::geteuid().as_raw();
+            private.then_some(()).ok_or_else(|| "others may write it".to_string())
+        })
+        .and_then(|()| {
+            let mut config = CacheConfig::new();
+            config.with_directory(&dir);
+            Cache::new(config).map_err(|error| format!("{error:#}"))
+        });
+    match opened {
+        Ok(cache) => Some(cache),
+        Err(error) => {
+            tracing::warn!("compiled guests are not cached in `{}`: {error}", dir.display());
+            None
+        }
+    }
+}
+
+/// Sums over a guest's memories; wasmtime's own limit is per memory.
+#[derive(Default)]
+struct MemoryLimit {
+    limit: usize,
+    used: usize,
+    /// The first growth that was refused, in bytes; the guest's end is then most likely about it.
+    refused: Option<usize>,
+}
+
+impl ResourceLimiter for MemoryLimit {
+    fn memory_growing(&mut self, current: usize, desired: usize, _maximum: Option<usize>) -> wasmtime::Result<bool> {
+        let wanted = self.used.saturating_add(desired.saturating_sub(current));
+        let fits = wanted <= self.limit;
+        if fits {
+            self.used = wanted;
+        } else {
+            self.refused.get_or_insert(wanted);
+        }
+        Ok(fits)
+    }
+
+    fn table_growing(&mut self, _current: usize, desired: usize, _maximum: Option<usize>) -> wasmtime::Result<bool> {
+        Ok(desired <= MAX_TABLE_ELEMENTS)
+    }
+
+    fn instances(&self) -> usize {
+        MAX_INSTANCES
+    }
+
+    fn tables(&self) -> usize {
+        MAX_TABLES
+    }
+
+    fn memories(&self) -> usize {
+        MAX_MEMORIES
+    }
+}
+
+/// A store for one instance of a guest.
+pub fn new_store(host: HostState, limits: &GuestLimits) -> Result<Store<GuestData>> {
+    let wasi = WasiCtx::builder().insecure_random_seed(INSECURE_SEED).build();
+    let memory = MemoryLimit { limit: limits.memory_mb << 20, ..MemoryLimit::default() };
+    let mut table = ResourceTable::new();
+    table.set_max_capacity(limits.handles);
+    let mut store = Store::new(engine()?, GuestData { host, wasi, table, memory });
+    store.limiter(|guest| &mut guest.memory);
+    store.set_hostcall_fuel(HOSTCALL_BYTES);
+    // Above our own limit, which answers with an error a guest can read; this one traps.
+    store.set_max_component_handles(limits.handles + 1000);
+    store.set_epoch_deadline(1);
+    store.epoch_deadline_callback(on_epoch);
+    Ok(store)
+}
+
+fn on_epoch(mut store: StoreContextMut<'_, GuestData>) -> wasmtime::Result<UpdateDeadline> {
+    let host = &mut store.data_mut().host;
+    match host.clock.check() {
+        Ok(()) => Ok(UpdateDeadline::Continue(1)),
+        Err(failure) => {
+            host.fail(failure);
+            Err(wasmtime::Error::msg("the host ended the guest"))
+        }
+    }
+}
+
+/// Compiles a component that [`super::guest::read`] let through.
+pub fn compile(path: &Path, bytes: &[u8]) -> Result<Component> {
+    Component::new(engine()?, bytes)
+        .map_err(|error| Error::config(format!("cannot compile `{}`", path.display())).cause(format!("{error:#}")))
+}
+
+/// What an import list that passed cannot tell: whether the types agree.
+pub fn link_error(path: &Path, error: wasmtime::Error) -> Error {
+    Error::config(format!("`{}` does not fit this host's host:sdk {}", path.display(), super::guest::SDK_VERSION))
+        .cause(format!("{error:#}"))
+        .hint("build it again with the `host-sdk` of this host")
+}
+
+struct HasTable;
+
+impl HasData for HasTable {
+    type Data<'a> = &'a mut ResourceTable;
+}
+
+/// Links what [`super::guest`] lets a guest import of WASI, and nothing else.
+pub fn link_inert_wasi(linker: &mut Linker<GuestData>) -> wasmtime::Result<()> {
+    use wasmtime_wasi::p2::bindings::{cli, random, sync};
+    let l = linker;
+    fn view(guest: &mut GuestData) -> WasiCliCtxView<'_> {
+        WasiCliCtxView { ctx: guest.wasi.cli(), table: &mut guest.table }
+    }
+    cli::environment::add_to_linker::<_, WasiCli>(l, view)?;
+    cli::exit::add_to_linker::<_, WasiCli>(l, view)?;
+    cli::stdin::add_to_linker::<_, WasiCli>(l, view)?;
+    cli::stdout::add_to_linker::<_, HasSelf<GuestData>>(l, |guest| guest)?;
+    cli::stderr::add_to_linker::<_, HasSelf<GuestData>>(l, |guest| guest)?;
+    cli::terminal_input::add_to_linker::<_, WasiCli>(l, view)?;
+    cli::terminal_output::add_to_linker::<_, WasiCli>(l, view)?;
+    cli::terminal_stdin::add_to_linker::<_, WasiCli>(l, view)?;
+    cli::terminal_stdout::add_to_linker::<_, WasiCli>(l, view)?;
+    cli::terminal_stderr::add_to_linker::<_, WasiCli>(l, view)?;
+    random::insecure_seed::add_to_linker::<_, WasiRandom>(l, |guest| guest.wasi.random())?;
+    wasmtime_wasi_io::bindings::wasi::io::error::add_to_linker::<_, HasTable>(l, |guest| &mut guest.table)?;
+    sync::io::poll::add_to_linker::<_, HasTable>(l, |guest| &mut guest.table)?;
+    sync::io::streams::add_to_linker::<_, HasTable>(l, |guest| &mut guest.table)?;
+    Ok(())
+}
+
+/// The guest's standard output and error, which go to the log.
+struct Output(SharedLog);
+
+#[wasmtime_wasi::async_trait]
+impl Pollable for Output {
+    async fn ready(&mut self) {}
+}
+
+impl OutputStream for Output {
+    fn write(&mut self, bytes: Bytes) -> StreamResult<()> {
+        self.0.write(&bytes);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> StreamResult<()> {
+        Ok(())
+    }
+
+    fn check_write(&mut self) -> StreamResult<usize> {
+        Ok(64 << 10)
+    }
+}
+
+impl GuestData {
+    fn output(&mut self) -> wasmtime::Result<Resource<DynOutputStream>> {
+        let stream: DynOutputStream = Box::new(Output(self.host.log.clone()));
+        Ok(self.table.push(stream)?)
+    }
+}
+
+impl stdout::Host for GuestData {
+    fn get_stdout(&mut self) -> wasmtime::Result<Resource<DynOutputStream>> {
+        self.output()
+    }
+}
+
+impl stderr::Host for GuestData {
+    fn get_stderr(&mut self) -> wasmtime::Result<Resource<DynOutputStream>> {
+        self.output()
+    }
+}
+
+/// A compiled recipe.
+pub struct Recipe {
+    pre: api::wit::RecipePre<GuestData>,
+}
+
+impl Recipe {
+    pub fn load(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let component = compile(path, bytes)?;
+        let mut linker = Linker::new(engine()?);
+        link_inert_wasi(&mut linker)
+            .and_then(|()| {
+                api::wit::Recipe::add_to_linker::<_, HasSelf<HostState>>(&mut linker, |guest| &mut guest.host)
+            })
+            .map_err(|error| Error::bug("cannot link the SDK").cause(format!("{error:#}")))?;
+        let pre = linker.instantiate_pre(&component).map_err(|error| link_error(path, error))?;
+        Ok(Self { pre: api::wit::RecipePre::new(pre).map_err(|error| link_error(path, error))? })
+    }
+
+    pub fn run(
+        self,
+        mut blame: Blame,
+        limits: &GuestLimits,
+        training: Box<dyn Training>,
+        stop: StopFlag,
+    ) -> Result<()> {
+        let name = blame.path.display().to_string();
+        let mut store = new_store(HostState::new(&name, limits, stop, Some(training)), limits)?;
+        let outcome = self.pre.instantiate(&mut store).and_then(|recipe| recipe.call_main(&mut store));
+        blame.place = store.data().host.place();
+        match outcome {
+            Ok(Ok(())) => store.data_mut().host.check_end(&blame),
+            Ok(Err(failure)) => Err(blame.given_up(failure)),
+            Err(error) => Err(explain(&blame, store.data_mut(), &error)),
+        }
+    }
+}
+
+/// A trap as an error: the first cause, then where it was.
+pub fn explain(blame: &Blame, guest: &mut GuestData, trap: &wasmtime::Error) -> Error {
+    let mut error = match guest.host.take_failure() {
+        Some(Failure::Run(error)) => return error,
+        Some(Failure::Guest(mistake)) => blame.mistake(mistake),
+        None => blame.error(),
+    };
+    let ended_by_host = !error.causes.is_empty();
+    if let Some(wanted) = guest.memory.refused {
+        let (wanted, limit) = (wanted.div_ceil(1 << 20), guest.memory.limit >> 20);
+        error = error.cause(format!("the guest asked for {wanted} MiB of memory, and its limit is {limit} MiB"));
+    }
+    if !ended_by_host {
+        let said = guest.host.log.tail();
+        let silent = said.is_empty();
+        error.causes.extend(said.into_iter().filter(|line| !line.starts_with("note: run with `RUST_BACKTRACE")));
+        error.causes.extend(match (trap.downcast_ref::<I32Exit>(), trap.downcast_ref::<Trap>()) {
+            (Some(I32Exit(code)), _) => Some(format!("the guest called `exit({code})`")),
+            // How a panic ends; its text says more.
+            (_, Some(Trap::UnreachableCodeReached)) => {
+                silent.then(|| "the guest stopped itself (`unreachable`)".into())
+            }
+            (_, Some(Trap::MemoryOutOfBounds)) => {
+                Some("it touched memory that it does not have; a recursion without end comes to this".into())
+            }
+            (_, Some(Trap::StackOverflow)) => Some("its calls went too deep for the stack".into()),
+            (_, Some(trap)) => Some(trap.to_string()),
+            _ => Some(trap.root_cause().to_string()),
+        });
+    }
+    add_frames(error, trap)
+}
+
+/// A function of the guest, and where its source says it is: file and line.
+type Frame = (String, Option<(String, Option<usize>)>);
+
+/// Adds where in the guest it was: the innermost of its own frames as the location, its callers as causes.
+fn add_frames(mut error: Error, trap: &wasmtime::Error) -> Error {
+    const MAX_FRAMES: usize = 8;
+    let Some(backtrace) = trap.downcast_ref::<WasmBacktrace>() else { return error };
+    let mut frames: Vec<Frame> = vec![];
+    for frame in backtrace.frames() {
+        if frame.symbols().is_empty() {
+            frames.extend(frame.func_name().map(|name| (plain_symbol(name), None)));
+        }
+        for symbol in frame.symbols() {
+            let name = symbol.name().or(frame.func_name()).unwrap_or("?");
+            let line = symbol.line().map(|line| line as usize);
+            frames.push((plain_symbol(name), symbol.file().map(|file| (file.to_string(), line))));
+        }
+    }
+    frames.retain(|(name, place)| !is_runtime_frame(name, place.as_ref().map(|(file, _)| file.as_str())));
+    frames.dedup();
+    if let Some((file, line)) = frames.iter().find_map(|(_, place)| place.clone()) {
+        error = error.at(file, line, None);
+    }
+    if frames.len() == 1 && !error.locations.is_empty() {
+        return error;
+    }
+    for (name, place) in frames.into_iter().take(MAX_FRAMES) {
+        error = error.cause(match place {
+            Some((file, Some(line))) => format!("in `{name}` ({file}:{line})"),
+            Some((file, None)) => format!("in `{name}` ({file})"),
+            None => format!("in `{name}`"),
+        });
+    }
+    error
+}
+
+/// Frames of the language's runtime, the SDK and generated code say nothing to a guest's author.
+fn is_runtime_frame(name: &str, file: Option<&str>) -> bool {
+    const FILES: &[&str] = &["/rustc/", "/library/", "sdk/rust/src/", "registry/"];
+    const NAMES: &[&str] = &[
+        "std::",
+        "core::",
+        "alloc::",
+        "<alloc::",
+        "<core::",
+        "<std::",
+        "host_sdk::",
+        "<host_sdk::",
+        "__",
+        "_export_",
+        "export_",
+        "rust_",
+        "abort",
+        "exit",
+        "_start",
+        "cabi_",
+        "wasi:",
+        "wit-component:",
+        "wit_bindgen",
+        "dlmalloc",
+        "<dlmalloc",
+    ];
+    file.is_some_and(|file| FILES.iter().any(|part| file.contains(part)))
+        || NAMES.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// A symbol without the hash that Rust's older mangling ends it with.
+fn plain_symbol(name: &str) -> String {
+    match name.rsplit_once("::h") {
+        Some((path, hash)) if hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) => path.to_string(),
+        _ => name.to_string(),
+    }
+}

@@ -1,0 +1,91 @@
+//! What crossing the boundary costs. Measurements, not checks:
+//! `cargo test --release --test scripting -- --ignored --nocapture --test-threads 1 costs`.
+
+use std::time::{Duration, Instant};
+
+use host::config::plan::GuestLimits;
+use host::data::template::Row;
+use host::worker::StopFlag;
+use host_rank::script::{Recipe, open_template};
+use serde_json::json;
+
+use crate::support::{Linear, guest, run_with};
+
+const CALLS: i64 = 300_000;
+
+/// Time of one run of a guest that makes `count` calls of a kind; the best of three.
+fn time(path: &str, what: &str, count: i64) -> Duration {
+    let once = || {
+        let started = Instant::now();
+        let training = Linear::new(json!({ "hostile": what, "count": count }));
+        let error = run_with(path, &GuestLimits::default(), training, StopFlag::default()).unwrap_err();
+        assert!(error.to_string().contains("before the run was complete"), "{error}");
+        started.elapsed()
+    };
+    (0..3).map(|_| once()).min().unwrap()
+}
+
+fn nanoseconds(path: &str, what: &str) -> f64 {
+    let (none, all) = (time(path, what, 0), time(path, what, CALLS));
+    all.saturating_sub(none).as_nanos() as f64 / CALLS as f64
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn calls() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = |name: &str, call: &str| {
+        let path = dir.path().join(name);
+        let text = format!(
+            "let run = host::open(); let step = run.next_step(); let batch = step.next_batch();
+             let labels = batch.labels(); let count = run.config(\"count\");
+             for i in 0..count {{ {call}; }}"
+        );
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let wasm = "target/guests/hostile.wasm";
+    println!("a call without work (num-labels): Wasm {:.0} ns, Rhai {:.0} ns", nanoseconds(wasm, "calls"), {
+        nanoseconds(&script("calls.rhai", "batch.num_labels"), "calls")
+    });
+    println!("a tensor operation (detach): Wasm {:.0} ns, Rhai {:.0} ns", nanoseconds(wasm, "operates"), {
+        nanoseconds(&script("operates.rhai", "labels.detach()"), "operates")
+    });
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn template_rows() {
+    let rows: Vec<Row> = (0..20_000)
+        .map(|id| {
+            let text = format!("{id} {}", "a line of a dialogue, as long as lines are. ".repeat(25));
+            Row { id, cells: vec![Some(text), Some("a summary of about one line, which is short".into())] }
+        })
+        .collect();
+    let bytes: usize = rows[0].cells.iter().flatten().map(String::len).sum();
+    for path in ["templates/summarize.wasm", "templates/summarize.rhai"] {
+        let mut template = open_template(&guest(path), &GuestLimits::default()).unwrap().open().unwrap();
+        template.configure(&["input".into(), "output".into()]).unwrap();
+        let best = (0..5)
+            .map(|_| {
+                let started = Instant::now();
+                template.render(&rows).unwrap();
+                started.elapsed()
+            })
+            .min()
+            .unwrap();
+        println!("{path}: {:.0} rows/s of {bytes} bytes", rows.len() as f64 / best.as_secs_f64());
+    }
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn loading() {
+    for path in ["recipes/lora_distributed.wasm", "recipes/lora_distributed.rhai"] {
+        for _ in 0..2 {
+            let started = Instant::now();
+            Recipe::load(&guest(path), &GuestLimits::default()).unwrap();
+            println!("load {path}: {:.1} ms", started.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! A template that does what it must not; the row says what.
+
+use host_sdk::prelude::*;
+
+#[derive(Default)]
+struct Odd;
+
+impl Template for Odd {
+    fn configure(&mut self, columns: &[String]) -> Result<()> {
+        if columns.iter().any(|column| column == "refused") {
+            return Err(Error::new("column `refused` is refused").hint("rename it"));
+        }
+        Ok(())
+    }
+
+    fn render(&mut self, row: Row) -> Result<Vec<Message>, RowError> {
+        match row.get("input").unwrap_or("none") {
+            "loops" => loop {
+                std::hint::black_box(row.id());
+            },
+            "panics" => panic!("row {} is odd", row.id()),
+            "skips" => Err(RowError::Skip("odd".into())),
+            "fails" => Err("bad\nrow".into()),
+            "trains" => Ok(vec![Message::system(["s"]).train(true), Message::user(["u", "v"]).train(false)]),
+            text => Ok(vec![Message::user([text])]),
+        }
+    }
+}
+
+host_sdk::template!(Odd);

@@ -1,0 +1,15 @@
+//! Guests against the real engines, with a training run small enough to follow by hand.
+//!
+//! The guests are built by `cargo xtask build`.
+
+mod costs;
+mod files;
+mod hostile;
+mod recipes;
+mod rhai_limits;
+mod support;
+mod surface;
+mod templates;
+
+#[path = "../../host/xtask/src/sdk_gen.rs"]
+mod sdk_gen;
