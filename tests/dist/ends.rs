@@ -1,0 +1,92 @@
+//! Runs that are killed, stopped or cannot meet.
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use insta::assert_snapshot;
+use rustix::process::{Signal, kill_process};
+
+use crate::case::{Case, Ended, LONG, Running, WASM, lives};
+
+const TWO_LONG: &[&str] = &["--nproc", "2"];
+const RANKS: [usize; 2] = [0, 1];
+
+#[test]
+fn a_killed_rank_ends_the_run_and_is_named() {
+    for rank in RANKS {
+        let case = Case::new();
+        let mut run = Running::start(&mut case.run(WASM, &[LONG, TWO_LONG, &["epochs=20"]].concat()));
+        run.wait_for_steps(&case, "out", 3);
+        let workers = run.workers();
+        assert_eq!(workers.iter().map(|(rank, _)| *rank).collect::<Vec<_>>(), RANKS);
+
+        let killed = Instant::now();
+        kill_process(workers[rank].1, Signal::KILL).unwrap();
+        let ended = run.wait();
+        let took = killed.elapsed();
+        println!("rank {rank} killed: over in {took:.2?}");
+        assert!(took < Duration::from_secs(10), "{took:?}");
+        assert_eq!(ended.report().matches("error: ").count(), 1, "{}", ended.stderr);
+        let report = ended.report().replace(&format!("rank {rank}"), "rank R");
+        insta::allow_duplicates! { assert_snapshot!(report, @"
+        exit 1
+        error: the worker was killed by signal 9 (SIGKILL) (rank R)
+        cause: nobody here sent it; the kernel does when memory runs out (`dmesg` then shows `Out of memory`)
+        hint: use less memory: a smaller `batch_size`, a smaller `tokenizer.max_seq_len`, or fewer ranks
+        ") };
+        assert!(!workers.iter().any(|(_, pid)| lives(*pid)), "a worker is left");
+        assert_eq!(case.checkpoints("out"), [""; 0]);
+    }
+}
+
+/// By Ctrl-C and by a scheduler's SIGTERM: saved at a step, and gone on with as if nothing had happened.
+#[test]
+fn a_stopped_run_saves_and_resumes_bit_for_bit() {
+    let case = Case::new();
+    let arguments = [LONG, TWO_LONG].concat();
+    let straight = case.losses(WASM, "straight", &arguments);
+    assert_eq!(straight.len(), 120);
+    for (signal, output_dir) in [(Signal::INT, "int"), (Signal::TERM, "term")] {
+        let output_dir_key = format!("output_dir={output_dir}");
+        let arguments = [&arguments[..], &[&output_dir_key]].concat();
+        let mut run = Running::start(&mut case.run(WASM, &arguments));
+        run.wait_for_steps(&case, output_dir, 3);
+        let workers = run.workers();
+        run.signal(signal);
+        let ended = run.wait();
+        assert!(!workers.iter().any(|(_, pid)| lives(*pid)), "a worker is left");
+        let done = case.log(output_dir);
+        assert!((3..120).contains(&done.len()), "{}", done.len());
+        assert_eq!(case.checkpoints(output_dir), [format!("step_{}", done.len())]);
+        let report = ended.report().replace(&format!("step {}", done.len()), "step N");
+        insta::allow_duplicates! { assert_snapshot!(report, @"
+        exit 130
+        error: stopped after step N; the checkpoint is saved
+        hint: go on with `resume_from_checkpoint=True`
+        ") };
+
+        assert_eq!(
+            case.losses(WASM, output_dir, &[&arguments[..], &["resume_from_checkpoint=True"]].concat()),
+            straight
+        );
+        assert_eq!(
+            case.contents(&format!("{output_dir}/epoch_0/adapter"))["adapter_model.safetensors"],
+            case.contents("straight/epoch_0/adapter")["adapter_model.safetensors"]
+        );
+    }
+}
+
+#[test]
+fn a_port_that_is_taken_is_named() {
+    let case = Case::new();
+    let taken = TcpListener::bind("[::]:0").or_else(|_| TcpListener::bind("0.0.0.0:0")).unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let ended = Ended::of(&mut case.run(WASM, &["--nproc", "2", "--master-port", &port]));
+    assert_snapshot!(ended.report().replace(&port, "PORT"), @"
+    exit 2
+    error: port PORT is in use, and rank 0 needs it for the ranks to meet (`--master-port`)
+    cause: Address already in use (os error 98)
+    hint: leave `--master-port` out to take a free one, or name another
+    ");
+    assert!(!case.path("out").exists());
+}

@@ -1,0 +1,9 @@
+//! The programs as a user runs them: `host`, its workers, a tiny model, a data set and the shipped guests.
+//!
+//! What one process can show is tested in it (`numbers`, `scripting`); here is what needs the processes: ranks that meet,
+//! die or are interrupted, what a run leaves on disk, and what a worker says of bad input.
+
+mod case;
+mod ends;
+mod mistakes;
+mod results;

@@ -1,0 +1,217 @@
+//! What the number tests share: the tiny model, the recorded rows, and a run driven as the shipped recipe drives it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use host::config::plan::*;
+use host::data::template::PlainTemplate;
+use host::data::{Sample, Tokenized};
+use host::worker::{StopFlag, WorkerEnv};
+use host_rank::dist::Group;
+use host_rank::train::{Inputs, Run, Tokens};
+use serde_json::Value;
+use tch::Device;
+
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
+}
+
+pub fn tiny_model() -> PathBuf {
+    fixtures().join("tiny-llama")
+}
+
+pub fn golden(name: &str) -> Value {
+    let path = fixtures().join("golden").join(name);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_str(&text).unwrap()
+}
+
+/// The 240 recorded rows, in training order.
+pub fn golden_rows() -> Vec<Sample> {
+    let value = golden("rows-tokens-240.json");
+    let rows = value["rows"].as_array().unwrap();
+    rows.iter()
+        .enumerate()
+        .map(|(index, row)| Sample {
+            id: index as u64,
+            tokens: row["tokens"].as_array().unwrap().iter().map(|token| token.as_u64().unwrap() as u32).collect(),
+            labels: row["labels"].as_array().unwrap().iter().map(|label| label.as_i64().unwrap() as i32).collect(),
+        })
+        .collect()
+}
+
+/// The settings of the golden runs, writing below `output_dir`.
+pub fn golden_plan(output_dir: &Path) -> TrainPlan {
+    let dataset = DatasetPlan {
+        files: vec![],
+        format: DataFormat::Jsonl,
+        split: "train".into(),
+        column_map: vec![],
+        train_on_input: false,
+        on_bad_row: OnBadRow::Error,
+        cache_dir: output_dir.join("cache"),
+    };
+    TrainPlan {
+        recipe: GuestRef { path: "unused".into(), settings: Value::Null },
+        config_path: "unused".into(),
+        overrides: vec![],
+        resolved_yaml: "a: test\n".into(),
+        output_dir: output_dir.into(),
+        model: ModelPlan {
+            checkpoint_dir: tiny_model(),
+            checkpoint_files: vec![],
+            lora: Some(lora(&["q_proj", "v_proj"])),
+            adapter_dir: None,
+        },
+        tokenizer: TokenizerPlan {
+            path: tiny_model().join("tokenizer.json"),
+            max_seq_len: Some(512),
+            prompt_template: None,
+        },
+        dataset,
+        dataset_val: None,
+        run_val_every_n_steps: None,
+        seed: 42,
+        shuffle: false,
+        batch_size: 2,
+        gradient_accumulation_steps: 4,
+        epochs: 1,
+        max_steps_per_epoch: None,
+        layout: Layout::Varlen,
+        tokens_per_microbatch: 2048,
+        optimizer: OptimizerPlan { lr: 3e-4, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01 },
+        schedule: SchedulePlan::Cosine { num_warmup_steps: 5, num_cycles: 0.5 },
+        loss: LossPlan { num_output_chunks: 1 },
+        clip_grad_norm: None,
+        checkpoint: CheckpointPlan {
+            output_dir: output_dir.into(),
+            save_every_n_steps: None,
+            keep_last_n: None,
+            adapter_only: true,
+            resume: false,
+            resume_from: None,
+        },
+        metrics: MetricsPlan {
+            sink: MetricSink::Disk {
+                log_dir: output_dir.join("logs"),
+                format: DiskFormat::Jsonl,
+                filename: Some("log.jsonl".into()),
+            },
+            log_every_n_steps: 1,
+            log_peak_memory_stats: false,
+            log_level: "INFO".into(),
+        },
+        device: DevicePlan::Cpu,
+        dtype: Dtype::Fp32,
+        compat_torchtune: false,
+        limits: GuestLimits::default(),
+    }
+}
+
+pub fn lora(targets: &[&str]) -> LoraPlan {
+    LoraPlan { rank: 8, alpha: 16.0, dropout: 0.0, targets: targets.iter().map(|name| (*name).to_owned()).collect() }
+}
+
+/// A PEFT folder holding the recorded start of the golden runs (their A, zero B).
+pub fn golden_adapter(dir: &Path) -> PathBuf {
+    let dir = dir.join("adapter");
+    std::fs::create_dir_all(&dir).unwrap();
+    let config = r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}"#;
+    std::fs::write(dir.join("adapter_config.json"), config).unwrap();
+    let source = fixtures().join("golden/tiny-pre-lora-A-init.safetensors");
+    std::fs::copy(source, dir.join("adapter_model.safetensors")).unwrap();
+    dir
+}
+
+/// One optimizer step as the log has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logged {
+    pub loss: f64,
+    pub lr: f64,
+    pub grad_norm: f64,
+    pub label_tokens: f64,
+    pub real_tokens: f64,
+}
+
+/// A finished run: its log, and the adapter's numbers at the end.
+pub struct Finished {
+    pub steps: Vec<Logged>,
+    pub parameters: Vec<f32>,
+}
+
+/// Trains `plan` over `rows` on `world` ranks (threads of this process that talk through Gloo), as the shipped recipe
+/// does, for `most_steps` at most.
+pub fn train(plan: &TrainPlan, rows: &[Sample], world: usize, most_steps: usize) -> Finished {
+    let port = free_port();
+    let parameters = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..world)
+            .map(|rank| {
+                let (plan, rows) = (plan.clone(), rows.to_vec());
+                scope.spawn(move || {
+                    let mut run = open(plan, rows, rank, world, port);
+                    drive(&mut run, most_steps);
+                    Vec::<f32>::try_from(run.parameters().to_kind(tch::Kind::Float)).unwrap()
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().expect("a rank failed")).next().unwrap()
+    });
+    Finished { steps: read_log(plan), parameters }
+}
+
+pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port: u16) -> Run {
+    let env = WorkerEnv {
+        rank,
+        local_rank: rank,
+        world_size: world,
+        local_world_size: world,
+        master_addr: "127.0.0.1".into(),
+        master_port: port,
+        libtorch_lib: PathBuf::new(),
+        report: None,
+    };
+    let group = Group::join(&env).unwrap();
+    let inputs =
+        Inputs { env, template: Arc::new(PlainTemplate), stop: StopFlag::default(), recipe_digest: "test".into() };
+    let tokens = Tokens { training: Tokenized::from_samples(rows), validation: None, pad: 4090 };
+    Run::with_data(plan, inputs, tokens, Device::Cpu, group).unwrap()
+}
+
+pub fn drive(run: &mut Run, most_steps: usize) {
+    while run.steps_done() < most_steps && run.next_step().unwrap() {
+        while let Some((key, _)) = run.next_batch().unwrap() {
+            let (sum, weight) = run.loss(key).unwrap();
+            run.backward(&sum, weight).unwrap();
+        }
+        run.finish_step().unwrap();
+    }
+}
+
+pub fn read_log(plan: &TrainPlan) -> Vec<Logged> {
+    let MetricSink::Disk { log_dir, .. } = &plan.metrics.sink else { panic!("the plan logs nowhere") };
+    let text = std::fs::read_to_string(log_dir.join("log.jsonl")).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .filter(|line| line.get("loss").is_some())
+        .map(|line| {
+            let number = |key: &str| line[key].as_f64().unwrap_or(f64::NAN);
+            Logged {
+                loss: number("loss"),
+                lr: number("lr"),
+                grad_norm: number("grad_norm"),
+                label_tokens: number("label_tokens"),
+                real_tokens: number("real_tokens"),
+            }
+        })
+        .collect()
+}
+
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Largest relative difference of two curves.
+pub fn relative(a: &[Logged], b: &[Logged]) -> f64 {
+    assert_eq!(a.len(), b.len(), "the runs have different lengths");
+    a.iter().zip(b).map(|(a, b)| ((a.loss - b.loss) / b.loss).abs()).fold(0.0, f64::max)
+}
