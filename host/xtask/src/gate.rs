@@ -1,0 +1,28 @@
+//! `cargo xtask test`: what has to hold before a change goes in.
+//!
+//! Each check runs even when one before it failed; the tests come last, so that their own summaries end the output.
+
+use std::path::Path;
+
+use crate::shell::{Failure, Result, cargo, run as run_command};
+use crate::{build, sdk_gen};
+
+pub fn run(root: &Path) -> Result<()> {
+    build::run(root)?;
+    let checks: [(&str, &dyn Fn() -> Result<()>); 4] = [
+        ("format", &|| run_command(cargo(root).args(["fmt", "--all", "--check"]))),
+        ("lints", &|| {
+            run_command(cargo(root).args("clippy --release --workspace --all-targets -- -D warnings".split(' ')))
+        }),
+        ("the generated SDK", &|| sdk_gen::generate(root, true).map_err(Failure::new)),
+        ("tests", &|| run_command(cargo(root).args(["test", "--release", "--workspace", "--no-fail-fast"]))),
+    ];
+    let mut failed = vec![];
+    for (name, check) in checks {
+        if let Err(failure) = check() {
+            eprintln!("{failure}");
+            failed.push(name);
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(Failure::new(format!("failed: {}", failed.join(", ")))) }
+}

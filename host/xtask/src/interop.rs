@@ -1,0 +1,50 @@
+//! `cargo xtask interop`: other programs load what `host` writes, and agree with it.
+
+use std::path::{Path, PathBuf};
+
+use crate::data::{self, DATA_DIR};
+use crate::model::{self, MODEL_DIR};
+use crate::peers::Peers;
+use crate::shell::{Failure, Result, command, run as run_command};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A Python that has torch, transformers, peft and gguf [default: one made in `target/peers`]
+    #[arg(long, value_name = "FILE")]
+    python: Option<PathBuf>,
+    /// The output folder of a training run whose merged model and adapter are checked
+    #[arg(long, value_name = "FOLDER", default_value = ".demo/out/epoch_0")]
+    checkpoint: PathBuf,
+}
+
+const TOKENS: &str = "target/interop/tokens.json";
+
+pub fn run(root: &Path, args: &Args) -> Result<()> {
+    let peers = Peers::find(root, args.python.as_deref())?;
+    model::ensure(root)?;
+    data::run(root)?;
+
+    println!("\n== imported model against transformers' GGUF loader");
+    let rows = format!("{DATA_DIR}/train.jsonl");
+    let gguf = model::gguf(root);
+    run_command(peers.script(root, "host/xtask/interop/import.py").arg(gguf).args([MODEL_DIR, &rows]))?;
+
+    if !root.join(&args.checkpoint).is_dir() {
+        return Err(Failure::new(format!("there is no checkpoint `{}` to check", args.checkpoint.display()))
+            .hint("run `cargo xtask demo` first, or name one with `--checkpoint`"));
+    }
+    println!("\n== merged model and adapter against transformers and PEFT");
+    let merged_script = "host/xtask/interop/merged.py";
+    run_command(peers.script(root, merged_script).args(["tokens", MODEL_DIR, &rows, TOKENS]))?;
+    let checkpoint = args.checkpoint.display().to_string();
+    let logits = |name: &str| format!("target/interop/{name}.safetensors");
+    let adapted = format!("{MODEL_DIR}+{checkpoint}/adapter");
+    for (name, model) in [("base", MODEL_DIR), ("merged", &checkpoint), ("adapted", &adapted)] {
+        let mut rank = command(root, "target/release/host-rank");
+        rank.env("HOST_LIBTORCH", root.join(".libtorch/view/lib"));
+        run_command(rank.args(["--logits", model, "--tokens", TOKENS, "--out", &logits(name)]))?;
+    }
+    let mut compare = peers.script(root, merged_script);
+    compare.args(["compare", MODEL_DIR, &checkpoint, TOKENS, &logits("base"), &logits("merged"), &logits("adapted")]);
+    run_command(&mut compare)
+}
