@@ -48,9 +48,9 @@ def compare(model_dir: str, checkpoint_dir: str, tokens_path: str, *of_host: str
         sys.exit(f"training moved no logit by more than {moved:.1e}: this compares a model with itself")
 
 
-# Rounding of fp32 products through 30 layers, on logits up to 40: transformers itself is 5.8e-5 from the same model in
-# fp64, host 1.3e-4 with oneDNN's AVX-512 kernels and 1.0e-4 with its AVX2 ones.
-TOLERANCE = 2e-4
+# The numbers contract. SmolLM2 does not meet it yet: up to 2.1e-4 was seen with oneDNN's AVX-512 kernels, where transformers
+# itself is 5.8e-5 from the same model in fp64.
+TOLERANCE = 1e-4
 
 
 def agree(what: str, expected: list[torch.Tensor], found: list[torch.Tensor], tolerance: float = TOLERANCE) -> None:
