@@ -2,7 +2,7 @@
 
 use insta::assert_snapshot;
 
-use super::Case;
+use super::{Case, GENERATE};
 
 #[test]
 fn a_config_that_is_not_there() {
@@ -13,6 +13,24 @@ fn a_config_that_is_not_there() {
     cause: No such file or directory (os error 2)
     hint: `host ls` lists the configs that come with it; `--config` takes a path or such a name
     ");
+}
+
+#[test]
+fn a_config_with_a_slip_in_its_name() {
+    let case = Case::new();
+    case.write("configs/smollm2/135M_lora_summarize.yaml", "");
+    for name in
+        ["smollm2/135M_lora_sumarize", "135M_lora_sumarize", "elsewhere/configs/smollm2/135M_lora_summarize.yaml"]
+    {
+        for arguments in [&["validate", name][..], &["run", "lora_distributed", "--config", name]] {
+            insta::allow_duplicates! { assert_snapshot!(case.host(arguments).replace(name, "NAME"), @"
+            exit 2
+            --- stderr
+            error: there is no config `NAME`
+            hint: did you mean `smollm2/135M_lora_summarize`?
+            ") };
+        }
+    }
 }
 
 #[test]
@@ -345,6 +363,27 @@ fn interpolations_that_lead_nowhere() {
     error: `${oc.env:HOME}` calls a resolver, and a config cannot run anything
       --> command line
     hint: write the path from the top of the config: `${section.key}`
+    ");
+}
+
+#[test]
+fn a_prompt_of_nothing() {
+    let case = Case::with(GENERATE);
+    for empty in ["prompt.user=", "prompt.user=' '"] {
+        insta::allow_duplicates! { assert_snapshot!(case.validate(&[empty]), @"
+        exit 2
+        --- stderr
+        error: `prompt.user` is empty, so there is nothing to continue
+          --> command line
+        hint: `prompt.user='Some text'`
+        ") };
+    }
+    assert_snapshot!(case.validate(&["prompt="]), @"
+    exit 2
+    --- stderr
+    error: `prompt` is empty, so there is nothing to continue
+      --> command line
+    hint: `prompt='Some text'`
     ");
 }
 

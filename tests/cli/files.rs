@@ -1,8 +1,10 @@
 //! Mistakes in the files a config names.
 
+use std::process::Command;
+
 use insta::assert_snapshot;
 
-use super::{CORE_MODULE, Case};
+use super::{CORE_MODULE, Case, GENERATE};
 
 fn remove(case: &Case, name: &str) {
     std::fs::remove_file(case.path().join(name)).unwrap();
@@ -18,6 +20,13 @@ fn an_unknown_recipe() {
     exit 2
     --- stderr
     error: there is no recipe `lora_distribted`
+    hint: did you mean `lora_distributed`?
+    ");
+    // A path that leads nowhere from this folder.
+    assert_snapshot!(run(&Case::new(), "elsewhere/lora_distributed.wasm"), @"
+    exit 2
+    --- stderr
+    error: there is no recipe `elsewhere/lora_distributed.wasm`
     hint: did you mean `lora_distributed`?
     ");
     assert_snapshot!(run(&Case::new(), "mine.wasm"), @"
@@ -76,12 +85,32 @@ fn a_template_that_is_not_one() {
       --> c.yaml:12:20
     hint: build the guest for `wasm32-wasip2`
     ");
-    assert_snapshot!(case.validate(&["tokenizer.prompt_template=absent.rhai"]), @"
+}
+
+#[test]
+fn a_template_that_is_not_there() {
+    assert_snapshot!(Case::new().validate(&["tokenizer.prompt_template=absent.rhai"]), @"
     exit 2
     --- stderr
     error: cannot read the template `absent.rhai`
       --> command line
     cause: No such file or directory (os error 2)
+    hint: paths count from the folder `host` is started in
+    ");
+    assert_snapshot!(Case::new().validate(&["tokenizer.prompt_template=elsewhere/sumarize.wasm"]), @"
+    exit 2
+    --- stderr
+    error: cannot read the template `elsewhere/sumarize.wasm`
+      --> command line
+    cause: No such file or directory (os error 2)
+    hint: did you mean `summarize`?
+    ");
+    assert_snapshot!(Case::new().validate(&["tokenizer.prompt_template=SumarizeTemplate"]), @"
+    exit 2
+    --- stderr
+    error: unknown template `SumarizeTemplate` in `tokenizer.prompt_template`
+      --> command line
+    hint: did you mean `SummarizeTemplate`?
     ");
 }
 
@@ -160,6 +189,31 @@ fn weights_cut_short() {
     cause: its header claims 255 bytes of a file of 10
     hint: copy or download the file again
     ");
+    let header = r#"{"lm_head.weight":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}"#;
+    let len = (header.len() as u64).to_le_bytes();
+    case.write("model/model.safetensors", [&len, header.as_bytes(), &[0; 8]].concat());
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: `model/model.safetensors` is not a whole safetensors file
+      --> c.yaml:7:19
+    cause: its header describes 92 bytes, the file has 84
+    hint: copy or download the file again
+    ");
+}
+
+#[test]
+fn weights_of_another_format() {
+    let case = Case::new();
+    case.write("model/model.safetensors", "PK\u{3}\u{4} what torch.save writes, renamed");
+    assert_snapshot!(case.validate(&[]), @"
+    exit 2
+    --- stderr
+    error: `model/model.safetensors` is not a whole safetensors file
+      --> c.yaml:7:19
+    cause: its header claims 7018990998646901584 bytes of a file of 36
+    hint: copy or download the file again
+    ");
 }
 
 #[test]
@@ -172,6 +226,19 @@ fn a_tokenizer_that_is_not_there() {
     error: the tokenizer `model/tokenizer.json` is not there
       --> c.yaml:10:9
     hint: give the model's tokenizer.json, or its folder
+    ");
+}
+
+#[test]
+fn a_tokenizer_of_another_model() {
+    let case = Case::with(GENERATE);
+    case.write("other/tokenizer.json", r#"{"model": {}}"#);
+    assert_snapshot!(case.validate(&["tokenizer.path=other"]), @"
+    exit 0
+    --- stdout
+    Config is well-formed!
+    --- stderr
+    notice: the tokenizer `other/tokenizer.json` is not the one in the model's folder `model`: the model may have learned other tokens (command line)
     ");
 }
 
@@ -193,12 +260,63 @@ fn data_that_is_not_there() {
       --> command line
     hint: name them `train.jsonl` or `train.parquet`, or give `source: json` and `data_files`
     ");
-    case.write("data/train.jsonl", "");
+}
+
+#[test]
+fn data_without_rows() {
+    let case = Case::new();
+    for nothing in ["", "\n \n"] {
+        case.write("data/train.jsonl", nothing);
+        insta::allow_duplicates! { assert_snapshot!(case.validate(&[]), @"
+        exit 2
+        --- stderr
+        error: the data file `data/train.jsonl` has no rows
+          --> c.yaml:15:11
+        ") };
+    }
+}
+
+#[test]
+fn data_of_another_format() {
+    let case = Case::new();
+    case.write("data/train.jsonl", "{\"input\": 1, \"output\"\n");
+    assert_snapshot!(case.validate(&[]), @r#"
+    exit 2
+    --- stderr
+    error: `data/train.jsonl` is not a jsonl file: none of its first lines is a JSON object
+      --> c.yaml:15:11
+    hint: each line has to be one object, such as {"document": "…", "summary": "…"}
+    "#);
+    assert_snapshot!(case.validate(&["dataset.source=parquet", "dataset.data_files=data/train.jsonl"]), @"
+    exit 2
+    --- stderr
+    error: cannot read `data/train.jsonl` as parquet
+      --> command line
+    cause: Parquet error: Invalid Parquet file. Corrupt footer
+    ");
+}
+
+#[test]
+fn a_column_that_is_not_there() {
+    let case = Case::new();
+    let column_map = "dataset.column_map={input: inputs, output: output}";
+    assert_snapshot!(case.validate(&[column_map]), @"
+    exit 2
+    --- stderr
+    error: the data has no column `inputs`
+      --> command line
+      --> data/train.jsonl
+    hint: did you mean `input`?
+    hint: its columns are `input`, `output`; `column_map` says which to take
+    ");
+    case.write("data/train.jsonl", "{\"document\": \"a\", \"summary\": \"b\"}\n");
     assert_snapshot!(case.validate(&[]), @"
     exit 2
     --- stderr
-    error: the data file `data/train.jsonl` is empty
-      --> c.yaml:15:11
+    error: the data has no column `input`
+      --> c.yaml:14:3
+      --> data/train.jsonl
+    hint: its columns are `document`, `summary`; `column_map` says which to take
     ");
 }
 
@@ -242,14 +360,42 @@ fn an_output_behind_a_link_into_the_model() {
 
 #[test]
 fn an_adapter_that_is_not_there() {
-    let case = Case::with(
-        "model: {_component_: llama}\ncheckpointer: {_component_: FullModelHFCheckpointer, checkpoint_dir: model}\ntokenizer: {_component_: hf_tokenizer, path: model}\nprompt: hello\nadapter_dir: absent\n",
-    );
-    assert_snapshot!(case.host(&["run", "generate", "--config", "c.yaml"]), @"
+    let generate = ["run", "generate", "--config", "c.yaml", "adapter_dir=absent"];
+    assert_snapshot!(Case::with(GENERATE).host(&generate), @"
     exit 2
     --- stderr
     error: the adapter folder `absent` has no `adapter_config.json`
-      --> c.yaml:5:14
+      --> command line
     hint: give a folder that training or PEFT wrote, such as `OUTPUT/epoch_0`
+    ");
+}
+
+/// A `host` away from its build, where no libtorch is: nothing names one, no set-up has been there, no Python has torch.
+#[test]
+fn no_libtorch() {
+    let case = Case::new();
+    let program = case.path().join("bin/host");
+    case.write("bin/host-rank", "");
+    std::fs::copy(env!("CARGO_BIN_EXE_host"), &program).unwrap();
+    let run = |libtorch: &str| {
+        let mut command = Command::new(&program);
+        command.args(["run", "lora_distributed", "--config", "c.yaml"]).env("PATH", case.path());
+        let found = case.outcome(command.env("LIBTORCH", libtorch));
+        found.replace(case.path().to_str().unwrap(), "DIR")
+    };
+    assert_snapshot!(run(""), @"
+    exit 2
+    --- stderr
+    error: no libtorch found
+    cause: `LIBTORCH` is not set, there is no `.libtorch/view` above this program, and `python3` has no torch
+    hint: run `cargo xtask setup`, or set `LIBTORCH` to a libtorch 2.11 or `torch` folder
+    ");
+    std::fs::create_dir(case.path().join("empty")).unwrap();
+    assert_snapshot!(run("empty"), @"
+    exit 2
+    --- stderr
+    error: not a libtorch folder (from `LIBTORCH`): it has no `lib/libtorch_cpu.so`
+      --> DIR/empty
+    hint: set `LIBTORCH` to a libtorch 2.11 or `torch` folder, or unset it
     ");
 }

@@ -44,6 +44,14 @@ loss:
 device: cpu
 ";
 
+const GENERATE: &str = "\
+model: {_component_: llama}
+checkpointer: {_component_: FullModelHFCheckpointer, checkpoint_dir: model}
+tokenizer: {_component_: hf_tokenizer, path: model}
+prompt: {user: hello}
+device: cpu
+";
+
 const MODEL_CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 16,
 "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32, "rms_norm_eps": 1e-5,
 "rope_theta": 10000.0, "max_position_embeddings": 64, "tie_word_embeddings": true, "hidden_act": "silu"}"#;
@@ -91,13 +99,14 @@ impl Case {
 
     /// Runs `host` here and returns what came of it.
     fn host(&self, arguments: &[&str]) -> String {
-        let output = Command::new(env!("CARGO_BIN_EXE_host"))
-            .args(arguments)
-            .current_dir(self.path())
-            .env_clear()
-            .env("HOME", self.path())
-            .output()
-            .unwrap();
+        self.outcome(Command::new(env!("CARGO_BIN_EXE_host")).args(arguments))
+    }
+
+    /// Runs a `host` here in an environment that says nothing, and returns what came of it.
+    fn outcome(&self, command: &mut Command) -> String {
+        let vars: Vec<_> =
+            command.get_envs().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned()))).collect();
+        let output = command.current_dir(self.path()).env_clear().env("HOME", self.path()).envs(vars).output().unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
         let mut out = format!("exit {}", output.status.code().map_or("by a signal".into(), |code| code.to_string()));
         for (name, bytes) in [("stdout", &output.stdout), ("stderr", &output.stderr)] {

@@ -86,12 +86,19 @@ pub fn run(plan: &GeneratePlan, env: &WorkerEnv, template: &dyn OpenTemplate, st
     let device = device::open(plan.device, env.local_rank, &env.libtorch_lib)?;
     let tokenizer = Tokenizer::open(&plan.tokenizer.path)?;
     let prompt: Vec<i64> = prompt_tokens(plan, &tokenizer, template)?.into_iter().map(i64::from).collect();
+    // Training cuts a sample there; cut, a prompt would lose what asks for the answer.
+    if let Some(longest) = plan.tokenizer.max_seq_len.filter(|longest| prompt.len() > *longest) {
+        let what = format!("the prompt has {} tokens, and `tokenizer.max_seq_len` is {longest}", prompt.len());
+        return Err(Error::config(what)
+            .hint("shorten the prompt, or raise `tokenizer.max_seq_len` beyond what the model was tuned on"));
+    }
     let kind = torch::kind(plan.dtype);
     let opened = Opened::open(&plan.model, plan.seed, kind, kind, device)?;
     let vocabulary = opened.model.config.vocab_size;
     if let Some(token) = prompt.iter().find(|token| **token >= vocabulary) {
         return Err(Error::config("the tokenizer does not belong to this model")
-            .cause(format!("the prompt has token {token}, the model's vocabulary has {vocabulary} entries")));
+            .cause(format!("the prompt has token {token}, the model's vocabulary has {vocabulary} entries"))
+            .hint("`tokenizer.path` should be the tokenizer.json that the model was trained with, in its own folder"));
     }
     let positions = opened.model.config.max_position_embeddings;
     if (prompt.len() as i64).saturating_add(plan.max_new_tokens as i64) > positions {

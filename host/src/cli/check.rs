@@ -1,34 +1,38 @@
 //! The files a plan names, looked at before anything starts: model folder, weights, tokenizer, data, guests, output.
 //!
-//! Reads headers and first bytes only. Every finding points at the line of the config that names the file. It leaves
-//! nothing behind: an output folder is judged by the nearest folder above it that exists.
+//! Reads headers, first bytes and first rows only. Every finding points at the line of the config that names the file.
+//! It leaves nothing behind: an output folder is judged by the nearest folder above it that exists.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::config::Config;
 use crate::config::plan::{DatasetPlan, GuestRef, ModelPlan, Plan, TokenizerPlan, TrainPlan};
+use crate::config::registry::{self, Role};
+use crate::config::{Config, Notice};
+use crate::data::source::SourceFile;
 use crate::data::split;
 use crate::error::{Error, Result};
 use crate::hf::{ModelConfig, WeightIndex};
 
-/// Finds everything that is wrong with the files a plan names.
-pub fn check(plan: &Plan, config: &Config) -> Result<()> {
-    let mut findings = Findings { config, errors: vec![] };
+/// Finds everything that is wrong with the files a plan names, or what to know about them.
+pub fn check(plan: &Plan, config: &Config) -> Result<Vec<Notice>> {
+    let mut findings = Findings { config, errors: vec![], notices: vec![] };
     match plan {
         Plan::Train(plan) => findings.train(plan),
         Plan::Generate(plan) => {
             findings.model(&plan.model);
-            findings.tokenizer(&plan.tokenizer);
+            findings.tokenizer(&plan.tokenizer, &plan.model.checkpoint_dir);
         }
     }
-    Error::all(findings.errors).map_or(Ok(()), Err)
+    let Findings { errors, notices, .. } = findings;
+    Error::all(errors).map_or(Ok(notices), Err)
 }
 
 struct Findings<'a> {
     config: &'a Config,
     errors: Vec<Error>,
+    notices: Vec<Notice>,
 }
 
 impl Findings<'_> {
@@ -51,7 +55,7 @@ impl Findings<'_> {
             self.errors.push(error);
         }
         self.model(&plan.model);
-        self.tokenizer(&plan.tokenizer);
+        self.tokenizer(&plan.tokenizer, &plan.model.checkpoint_dir);
         self.dataset("dataset", &plan.dataset);
         if let Some(dataset) = &plan.dataset_val {
             self.dataset("dataset_val", dataset);
@@ -87,7 +91,7 @@ impl Findings<'_> {
         }
     }
 
-    fn tokenizer(&mut self, tokenizer: &TokenizerPlan) {
+    fn tokenizer(&mut self, tokenizer: &TokenizerPlan, model: &Path) {
         let path = &tokenizer.path;
         if !path.is_file() {
             let error = Error::config(format!("the tokenizer `{}` is not there", path.display()))
@@ -98,17 +102,32 @@ impl Findings<'_> {
                 Error::config(format!("`{}` is not a tokenizer.json, and only that is read yet", path.display()))
                     .hint("give the tokenizer.json of the model's Hugging Face folder");
             self.add("tokenizer.path", error);
+        } else if differ(path, &model.join("tokenizer.json")) {
+            let message = format!(
+                "the tokenizer `{}` is not the one in the model's folder `{}`: the model may have learned other tokens",
+                path.display(),
+                model.display()
+            );
+            self.notices.push(Notice { message, location: self.config.locate("tokenizer.path") });
         }
         if let Some(template) = &tokenizer.prompt_template {
-            self.add_result("tokenizer.prompt_template", check_guest(template, "template"));
+            let checked = check_guest(template, "template");
+            let is_there = template.path.exists();
+            let hinted = checked.map_err(|error| if is_there { error } else { error.hint(template_hint(template)) });
+            self.add_result("tokenizer.prompt_template", hinted);
         }
     }
 
     fn dataset(&mut self, section: &str, dataset: &DatasetPlan) {
-        self.add_result(&format!("{section}.split"), split::parse(&dataset.split));
+        let slices = match split::parse(&dataset.split) {
+            Ok(slices) => slices,
+            Err(error) => return self.add(&format!("{section}.split"), error),
+        };
+        let needed: Vec<String> = dataset.column_map.iter().map(|(_, column)| column.clone()).collect();
         let has_files = self.config.has(&format!("{section}.data_files"));
         let key = format!("{section}.{}", if has_files { "data_files" } else { "source" });
-        for file in &dataset.files {
+        // A split that is not asked for need not even be readable.
+        for file in dataset.files.iter().filter(|file| slices.iter().any(|slice| slice.split == file.split)) {
             let path = file.path.display();
             match std::fs::metadata(&file.path) {
                 Err(error) => {
@@ -119,12 +138,37 @@ impl Findings<'_> {
                     let error = Error::config(format!("the data file `{path}` is a folder"));
                     self.add(&key, error.hint("`source` takes a folder, `data_files` takes files"));
                 }
-                Ok(metadata) if metadata.len() == 0 => {
-                    self.add(&key, Error::config(format!("the data file `{path}` is empty")));
+                // Rows are read more than once, and a pipe would be waited for.
+                Ok(metadata) if !metadata.is_file() => {
+                    self.add(&key, Error::config(format!("the data file `{path}` is a pipe or a device")));
                 }
-                Ok(_) => {}
+                Ok(_) => match SourceFile::peek(&file.path, dataset.format) {
+                    Err(error) => self.add(&key, error),
+                    Ok(head) if head.num_rows == 0 => {
+                        self.add(&key, Error::config(format!("the data file `{path}` has no rows")));
+                    }
+                    // What one file lacks the others will lack too.
+                    Ok(head) => {
+                        if let Err(error) = head.require(&needed) {
+                            return self.add(&format!("{section}.column_map"), error);
+                        }
+                    }
+                },
             }
         }
+    }
+}
+
+/// Whether both files are there and hold different bytes.
+fn differ(path: &Path, other: &Path) -> bool {
+    let is_same_file = path.canonicalize().ok() == other.canonicalize().ok();
+    !is_same_file && matches!((std::fs::read(path), std::fs::read(other)), (Ok(ours), Ok(theirs)) if ours != theirs)
+}
+
+fn template_hint(template: &GuestRef) -> String {
+    match template.path.to_str().and_then(|path| registry::similar(registry::file_stem(path), Role::Template)) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => "paths count from the folder `host` is started in".to_owned(),
     }
 }
 

@@ -51,7 +51,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let around = shipped::surroundings();
     let recipe = find_recipe(&args.recipe, &around);
-    let config = Config::load(&shipped::find_config(&args.config, &around), &args.overrides);
+    let config = shipped::load_config(&shipped::find_config(&args.config, &around), &args.overrides, &around);
     let (recipe, config) = match (recipe, config) {
         (Ok(recipe), Ok(config)) => (recipe, config),
         (recipe, config) => {
@@ -59,8 +59,8 @@ pub fn run(args: &Args) -> Result<()> {
             return Err(Error::all(errors.into_iter().flatten().collect()).unwrap_or_else(|| Error::bug("no error")));
         }
     };
-    let (plan, notices) = resolve(&recipe, &config, &around)?;
-    check::check(&plan, &config)?;
+    let (plan, mut notices) = resolve(&recipe, &config, &around)?;
+    notices.extend(check::check(&plan, &config)?);
     if is_first_rank() {
         ui::notices(&notices);
     }

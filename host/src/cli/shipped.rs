@@ -5,6 +5,8 @@ use std::hash::{BuildHasher, Hasher};
 use std::path::{Path, PathBuf};
 
 use crate::config::resolve::{FileKind, Surroundings};
+use crate::config::{Config, registry};
+use crate::error::{Error, Result};
 
 /// Looks at the real machine.
 pub fn surroundings() -> Surroundings<'static> {
@@ -49,4 +51,17 @@ pub fn find_config(name: &str, around: &Surroundings<'_>) -> PathBuf {
     let found =
         around.shipped.iter().map(|root| if *root == around.cwd { relative.clone() } else { root.join(&relative) });
     found.into_iter().find(|path| path.is_file()).unwrap_or(given)
+}
+
+/// Loads the config that [`find_config`] made of `name`; where there is none, says which was probably meant.
+pub fn load_config(path: &Path, overrides: &[String], around: &Surroundings<'_>) -> Result<Config> {
+    if !path.exists()
+        && let Some(near) = path.to_str().and_then(registry::similar_config)
+        && find_config(near, around).is_file()
+    {
+        return Err(
+            Error::config(format!("there is no config `{}`", path.display())).hint(format!("did you mean `{near}`?"))
+        );
+    }
+    Config::load(path, overrides)
 }

@@ -5,9 +5,9 @@ use std::path::Path;
 use serde_json::json;
 
 use super::{check, shipped, ui};
+use crate::config::Notice;
 use crate::config::plan::Plan;
 use crate::config::resolve;
-use crate::config::{Config, Notice};
 use crate::error::{Error, Result};
 
 const EXAMPLES: &str = "\
@@ -49,8 +49,8 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn verdict(path: &Path, overrides: &[String], around: &resolve::Surroundings<'_>) -> Result<(Plan, Vec<Notice>)> {
-    let config = Config::load(path, overrides)?;
-    let (plan, notices) = if config.is_generation() {
+    let config = shipped::load_config(path, overrides, around)?;
+    let (plan, mut notices) = if config.is_generation() {
         let resolved = resolve::generate(&config, around)?;
         (Plan::Generate(Box::new(resolved.plan)), resolved.notices)
     } else {
@@ -58,7 +58,7 @@ fn verdict(path: &Path, overrides: &[String], around: &resolve::Surroundings<'_>
         let resolved = resolve::train(&config, Path::new(""), around)?;
         (Plan::Train(Box::new(resolved.plan)), resolved.notices)
     };
-    check::check(&plan, &config)?;
+    notices.extend(check::check(&plan, &config)?);
     Ok((plan, notices))
 }
 

@@ -10,7 +10,7 @@ pub mod plan;
 pub mod registry;
 pub mod resolve;
 mod section;
-mod suggest;
+pub(crate) mod suggest;
 mod verify;
 mod yaml;
 

@@ -18,6 +18,7 @@ use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchR
 use serde_json::{Map, Value};
 
 use crate::config::plan::DataFormat;
+use crate::config::suggest;
 use crate::error::{Error, Result};
 
 /// One data file, read through once: what decides its rows, how many there are, what they are called.
@@ -67,8 +68,20 @@ impl std::fmt::Display for Place {
 impl SourceFile {
     pub fn scan(path: &Path, format: DataFormat) -> Result<Self> {
         let (num_rows, columns, digest) = match format {
-            DataFormat::Jsonl => scan_jsonl(path)?,
+            DataFormat::Jsonl => scan_jsonl(path, u64::MAX)?,
             DataFormat::Parquet => scan_parquet(path)?,
+        };
+        Ok(Self { path: path.into(), format, num_rows, digest, columns })
+    }
+
+    /// As [`Self::scan`], but reads no more than tells the columns; rows and digest are those of what was read.
+    pub fn peek(path: &Path, format: DataFormat) -> Result<Self> {
+        let (num_rows, columns, digest) = match format {
+            DataFormat::Jsonl => scan_jsonl(path, ROWS_FOR_COLUMNS)?,
+            DataFormat::Parquet => {
+                let (num_rows, columns) = parquet_head(path)?;
+                (num_rows, columns, String::new())
+            }
         };
         Ok(Self { path: path.into(), format, num_rows, digest, columns })
     }
@@ -79,10 +92,13 @@ impl SourceFile {
             return Ok(());
         }
         let Some(missing) = needed.iter().find(|column| !self.columns.contains(column)) else { return Ok(()) };
+        let error = Error::config(format!("the data has no column `{missing}`")).at_file(&*self.path);
+        let error = match suggest::nearest(missing, self.columns.iter().map(String::as_str)) {
+            Some(near) => error.hint(format!("did you mean `{near}`?")),
+            None => error,
+        };
         let quoted: Vec<String> = self.columns.iter().map(|column| format!("`{column}`")).collect();
-        Err(Error::config(format!("the data has no column `{missing}`"))
-            .at_file(&*self.path)
-            .hint(format!("its columns are {}; `dataset.column_map` says which to take", quoted.join(", "))))
+        Err(error.hint(format!("its columns are {}; `column_map` says which to take", quoted.join(", "))))
     }
 
     fn rows(&self, columns: &[String], range: Range<u64>) -> Result<FileRows> {
@@ -189,13 +205,16 @@ impl JsonlRows {
     }
 }
 
-fn scan_jsonl(path: &Path) -> Result<(u64, Vec<String>, String)> {
-    // Objects need not all have every key: the first hundred say which there are.
-    const ROWS_FOR_COLUMNS: u64 = 100;
+/// Objects need not all have every key: the first hundred say which there are.
+const ROWS_FOR_COLUMNS: u64 = 100;
+
+fn scan_jsonl(path: &Path, most_rows: u64) -> Result<(u64, Vec<String>, String)> {
     let mut lines = BufReader::with_capacity(1 << 20, open(path)?);
     let mut hasher = blake3::Hasher::new();
     let (mut buffer, mut number, mut num_rows, mut columns) = (vec![], 0, 0, vec![]);
-    while read_line(&mut lines, &mut buffer, &mut number).map_err(|error| read_error(path, error))? {
+    while num_rows < most_rows
+        && read_line(&mut lines, &mut buffer, &mut number).map_err(|error| read_error(path, error))?
+    {
         hasher.update(&buffer);
         num_rows += 1;
         if num_rows <= ROWS_FOR_COLUMNS {
@@ -315,10 +334,14 @@ fn text_column(batch: &RecordBatch, column: &str) -> Result<StringArray> {
     text.cloned().ok_or_else(|| Error::bug(format!("column `{column}` did not become text")))
 }
 
-fn scan_parquet(path: &Path) -> Result<(u64, Vec<String>, String)> {
+fn parquet_head(path: &Path) -> Result<(u64, Vec<String>)> {
     let builder = parquet_builder(path, open(path)?)?;
     let num_rows = u64::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or_default();
-    let columns = builder.schema().fields().iter().map(|field| field.name().clone()).collect();
+    Ok((num_rows, builder.schema().fields().iter().map(|field| field.name().clone()).collect()))
+}
+
+fn scan_parquet(path: &Path) -> Result<(u64, Vec<String>, String)> {
+    let (num_rows, columns) = parquet_head(path)?;
     let mut hasher = blake3::Hasher::new();
     hasher.update_reader(open(path)?).map_err(|error| read_error(path, error))?;
     Ok((num_rows, columns, hasher.finalize().to_hex().to_string()))

@@ -310,11 +310,11 @@ fn wrong_data_sets_are_config_errors() {
     Case::jsonl("\n \n").check_error("error: the data set has no rows in split `train`\n  --> 0.data");
     Case::jsonl(r#"{"text": "t", "summary": "s"}"#).check_error(
         "error: the data has no column `document`\n  --> 0.data\n\
-         hint: its columns are `text`, `summary`; `dataset.column_map` says which to take",
+         hint: its columns are `text`, `summary`; `column_map` says which to take",
     );
     Case::jsonl("[\n{\"document\": \"d\"}\n]\n").split("train").plan_skips().check_error(
         "error: the data has no column `summary`\n  --> 0.data\n\
-         hint: its columns are `document`; `dataset.column_map` says which to take",
+         hint: its columns are `document`; `column_map` says which to take",
     );
     Case::jsonl("some text\nand more\n").check_error(
         "error: `0.data` is not a jsonl file: none of its first lines is a JSON object\n\

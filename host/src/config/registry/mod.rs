@@ -239,8 +239,21 @@ pub fn recipe(name: &str) -> Option<&'static Recipe> {
     RECIPES.iter().find(|recipe| recipe.name == name || recipe.aliases.contains(&name))
 }
 
-/// Returns the shipped recipe somebody probably meant.
+/// Returns the shipped recipe somebody probably meant, by a name or by the path of a file.
 pub fn similar_recipe(name: &str) -> Option<&'static str> {
     let names = RECIPES.iter().flat_map(|recipe| std::iter::once(&recipe.name).chain(recipe.aliases));
-    suggest::nearest(name, names.copied())
+    suggest::nearest(file_stem(name), names.copied())
+}
+
+/// Returns the shipped config somebody probably meant, by a name with or without its folder, or by the path of a file.
+pub fn similar_config(name: &str) -> Option<&'static str> {
+    let name = name.rsplit("configs/").next().unwrap_or(name).trim_end_matches(".yaml");
+    let configs = || RECIPES.iter().flat_map(|recipe| recipe.configs).copied();
+    suggest::nearest(name, configs())
+        .or_else(|| configs().find(|config| suggest::nearest(file_stem(name), [file_stem(config)]).is_some()))
+}
+
+/// `name` of `folder/name.extension`.
+pub fn file_stem(path: &str) -> &str {
+    std::path::Path::new(path).file_stem().and_then(|stem| stem.to_str()).unwrap_or(path)
 }

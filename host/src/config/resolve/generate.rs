@@ -48,11 +48,16 @@ fn prompt(root: &Section<'_>) -> Found<PromptPlan> {
             "`prompt: {user: \"…\"}` goes through the tokenizer's prompt template, a text is taken as it is",
         )
     };
-    let Some(node) = root.node("prompt")? else {
-        // Missing is said by `verify`; null is said here.
-        let is_null = root.reader.config.has("prompt");
-        return Err(if is_null { fail("null".into()) } else { Reported });
+    let config = root.reader.config;
+    let empty = |key: &str, node: &Node| {
+        let error = config.error(node.mark, format!("`{key}` is empty, so there is nothing to continue"));
+        root.reader.fail(error.hint(format!("`{key}='Some text'`")))
     };
+    // Missing is said by `verify`, null here.
+    let node = root.node("prompt")?.or(config.root.at("prompt")).ok_or(Reported)?;
+    if is_blank(node) {
+        return Err(empty("prompt", node));
+    }
     if let Some(text) = node.as_str() {
         return Ok(PromptPlan::Text(text.to_owned()));
     }
@@ -61,6 +66,9 @@ fn prompt(root: &Section<'_>) -> Found<PromptPlan> {
     }
     if let Some(entry) = node.entries().iter().find(|entry| !["system", "user"].contains(&entry.key.as_str())) {
         return Err(fail(format!("the key `{}`", entry.key)));
+    }
+    if let Some(user) = node.child("user").filter(|user| is_blank(user)) {
+        return Err(empty("prompt.user", user));
     }
     let text = |name: &str| match node.child(name) {
         Some(value) if !value.is_null() => {
@@ -73,6 +81,11 @@ fn prompt(root: &Section<'_>) -> Found<PromptPlan> {
         (Ok(_), Ok(None)) => Err(fail("no `user`".into())),
         (Err(found), _) | (_, Err(found)) => Err(fail(found)),
     }
+}
+
+/// Null, or a text of blanks: what `prompt.user=` leaves, and what a prompt has no tokens of.
+fn is_blank(node: &Node) -> bool {
+    node.is_null() || node.as_str().is_some_and(|text| text.trim().is_empty())
 }
 
 fn describe(name: &str, node: &Node) -> String {
