@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use host::config::plan::{DatasetPlan, TrainPlan};
+use host::config::plan::{DatasetPlan, SchedulePlan, TrainPlan};
 use host::data::template::OpenTemplate;
 use host::data::{self, Order, Tokenized};
 use host::hf::{ModelConfig, WeightIndex};
@@ -143,6 +143,14 @@ impl Run {
             tracing::info!(
                 "data: {rows} rows, {steps_per_epoch} steps an epoch of {samples} samples, epochs: {epochs}"
             );
+            if let SchedulePlan::Cosine { num_warmup_steps: warmup, .. } = plan.schedule
+                && warmup >= epochs * steps_per_epoch
+            {
+                let steps = epochs * steps_per_epoch;
+                tracing::warn!(
+                    "`lr_scheduler.num_warmup_steps` is {warmup} and the run has {steps} steps: the rate rises to the end and never reaches `optimizer.lr`"
+                );
+            }
             let report = data.report.to_string();
             if !report.is_empty() {
                 tracing::info!("data: {report}");
