@@ -1,6 +1,7 @@
 //! Runs that end well: the same losses however they are started, whole checkpoints, and text from them.
 
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use host::config::Config;
@@ -40,6 +41,23 @@ fn ranks_and_kinds_of_guests_change_no_loss() {
         case.contents("one/epoch_0/adapter")["adapter_model.safetensors"],
         case.contents("one_template/epoch_0/adapter")["adapter_model.safetensors"]
     );
+}
+
+/// A compiled guest that could not be taken from the cache would be written to it again.
+#[test]
+fn guests_are_compiled_once() {
+    let case = Case::new();
+    let compiled = || {
+        let [version] = &case.names("cache/host/wasm/modules")[..] else { panic!("no cache, or several") };
+        let folder = format!("cache/host/wasm/modules/{version}");
+        let modules = case.names(&folder).into_iter().filter(|name| !name.ends_with(".stats"));
+        modules.map(|name| (case.path(&folder).join(&name).metadata().unwrap().ino(), name)).collect::<Vec<_>>()
+    };
+    case.losses(WASM, "first", &[]);
+    let after_the_first = compiled();
+    assert_eq!(after_the_first.len(), 2, "a recipe and a template: {after_the_first:?}");
+    case.losses(WASM, "second", &[]);
+    assert_eq!(compiled(), after_the_first);
 }
 
 /// torchrun, Slurm or Kubernetes in the launcher's place: one `host run` a rank, the group in the environment.
