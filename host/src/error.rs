@@ -33,7 +33,7 @@ pub struct Location {
     pub column: Option<usize>,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Error {
     pub kind: Kind,
     /// What failed: lower case, no full stop, literals in backticks.
@@ -44,7 +44,7 @@ pub struct Error {
     pub causes: Vec<String>,
     /// `hint:` lines, each one action that works.
     pub hints: Vec<String>,
-    /// The rank that failed, when there are several.
+    /// The rank that failed, when there are several and not all failed alike.
     pub rank: Option<usize>,
     /// Further independent mistakes found in the same pass.
     pub others: Vec<Error>,

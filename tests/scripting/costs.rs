@@ -17,7 +17,7 @@ const CALLS: i64 = 300_000;
 fn time(path: &str, what: &str, count: i64) -> Duration {
     let once = || {
         let started = Instant::now();
-        let training = Linear::new(json!({ "hostile": what, "count": count }));
+        let training = Linear::new(json!({ "recipe": { "hostile": what, "count": count } }));
         let error = run_with(path, &GuestLimits::default(), training, StopFlag::default()).unwrap_err();
         assert!(error.to_string().contains("before the run was complete"), "{error}");
         started.elapsed()
@@ -38,7 +38,7 @@ fn calls() {
         let path = dir.path().join(name);
         let text = format!(
             "let run = host::open(); let step = run.next_step(); let batch = step.next_batch();
-             let labels = batch.labels(); let count = run.config(\"count\");
+             let labels = batch.labels(); let count = run.config(\"recipe.count\");
              for i in 0..count {{ {call}; }}"
         );
         std::fs::write(&path, text).unwrap();

@@ -7,7 +7,7 @@ use crate::support::{Linear, run_with, tight};
 
 /// The report of the guest `hostile` doing `what`, without what differs between builds.
 fn hostile(what: &str) -> String {
-    let training = Linear::new(json!({ "hostile": what }));
+    let training = Linear::new(json!({ "recipe": { "hostile": what } }));
     match run_with("target/guests/hostile.wasm", &tight(), training, StopFlag::default()) {
         Ok(_) => "no error".into(),
         Err(error) => error.to_string(),
@@ -25,101 +25,101 @@ macro_rules! reports {
 
 reports! {
     loops: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:17
     cause: the guest computed for more than 0.4 s without a turn of its loop
     hint: look for a loop that does not end; work on many numbers belongs into tensor operations
     "#;
     asks_for_memory: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:22
     cause: the guest asked for 1026 MiB of memory, and its limit is 64 MiB
     cause: memory allocation of 1073741824 bytes failed
     "#;
     panics: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:27
     cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/hostile/src/lib.rs:27:13:
     cause: the map has 0 entries�[31m
     "#;
     traps: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:29
     cause: the guest stopped itself (`unreachable`)
     "#;
     recurses: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:111
     cause: it touched memory that it does not have; a recursion without end comes to this
     cause: in `deeper` (tests/scripting/guests/hostile/src/lib.rs:111)
     cause: in `deeper` (tests/scripting/guests/hostile/src/lib.rs:112)
     "#;
     hoards_handles: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:37
     cause: 2000 handles are held, and a guest may hold 2000
     hint: drop tensors that are no longer needed before making new ones
     "#;
     hoards_models: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:43
     cause: 2000 handles are held, and a guest may hold 2000
     hint: drop tensors that are no longer needed before making new ones
     "#;
     broadcasts: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:50
     cause: `add` would make a tensor of shape [11, 11, 11, 11, 11, 11, 11, 11, 11], and a guest's may have at most 2147483648 elements
     "#;
     keeps_a_tensor: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:59
     cause: this tensor of shape [] went with its step, which is finished
     hint: read what is needed later as a number, with `item()`, before `step.finish()`
     "#;
     bad_weight: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:63
     cause: the weight of a loss must be a finite number above 0, not NaN
     hint: pass what the sum is summed over: `batch.num_labels` for a loss over label tokens
     "#;
     no_gradient: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:67
     cause: the sum has no gradient: no trained value went into it
     hint: build it from `model.loss(batch)` or `model.logits(batch)`, without `detach`
     "#;
     no_sum: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:69
     cause: `backward` takes a sum, a tensor of one element, not one of shape [7, 11]
     hint: call `.sum()` on it
     "#;
     wrong_shapes: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:72
     cause: `matmul`: shapes [7, 11] and [7, 11] cannot be multiplied
     hint: the last dimension of the first must be as long as the second last of the second
     "#;
     finishes_early: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:74
     cause: the step has batches that were not taken
     hint: take batches until `step.next_batch()` gives none, then finish
     "#;
     leaves_early: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
     cause: it returned before the run was complete, so the last checkpoint is not written
     hint: take steps until `run.next_step()` gives none
     "#;
     steps_twice: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:77
     cause: the step before this one is not finished
     hint: call `step.finish()` when all its batches are done
     "#;
     opens_twice: r#"
-    error: recipe `target/guests/hostile.wasm` failed at step 1 (rank 0)
+    error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:80
     cause: the run is open already
     hint: call `open` once
@@ -128,7 +128,7 @@ reports! {
 
 #[test]
 fn a_loop_that_ignores_a_stop_is_ended() {
-    let mut training = Linear::new(json!({ "hostile": "loops" }));
+    let mut training = Linear::new(json!({ "recipe": { "hostile": "loops" } }));
     training.stops_itself = true;
     let error = run_with("target/guests/hostile.wasm", &tight(), training, StopFlag::default()).unwrap_err();
     assert_eq!(error.exit_code(), 130);

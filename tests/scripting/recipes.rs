@@ -80,13 +80,13 @@ fn a_script_reads_the_config() {
         "cause: the script threw read"
     );
     insta::assert_snapshot!(script_error(&text("run.config(\"optimizer\")")), @r#"
-    error: recipe `[DIR]/recipe.rhai` failed before the first step (rank 0)
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
       --> [DIR]/recipe.rhai:1:29
     cause: config key `optimizer` is a section, not a single value
     hint: name a key below it, such as `optimizer.…`
     "#);
     insta::assert_snapshot!(script_error(&text("run.config(\"optimizer.rate\")")), @r#"
-    error: recipe `[DIR]/recipe.rhai` failed before the first step (rank 0)
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
       --> [DIR]/recipe.rhai:1:29
     cause: the config has no key `optimizer.rate`
     "#);

@@ -13,23 +13,23 @@ macro_rules! reports {
 
 reports! {
     loops: "let run = host::open();\nfor step in run.steps() {\n    loop { }\n}" => r#"
-    error: recipe `[DIR]/recipe.rhai` failed at step 1 (rank 0)
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
       --> [DIR]/recipe.rhai:3:10
     cause: the guest computed for more than 0.4 s without a turn of its loop
     hint: look for a loop that does not end; work on many numbers belongs into tensor operations
     "#;
     recurses: "fn deeper(n) {\n    deeper(n + 1)\n}\ndeeper(0);" => r#"
-    error: recipe `[DIR]/recipe.rhai` failed before the first step (rank 0)
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
       --> [DIR]/recipe.rhai:4:1
     cause: Stack overflow
     "#;
     grows_a_string: "let s = \"x\";\nloop {\n    s += s;\n}" => r#"
-    error: recipe `[DIR]/recipe.rhai` failed before the first step (rank 0)
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
       --> [DIR]/recipe.rhai:3:7
     cause: Length of string too large
     "#;
     grows_an_array: "let a = [1];\nloop {\n    a.push(a);\n}" => r#"
-    error: recipe `[DIR]/recipe.rhai` failed before the first step (rank 0)
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
       --> [DIR]/recipe.rhai:3:7
     cause: Size of array/BLOB too large
     "#;
@@ -44,7 +44,7 @@ reports! {
     cause: 'import' is a reserved keyword
     "#;
     unknown_function: "let run = host::open();\nlet model = run.model();" => r#"
-    error: recipe `[DIR]/recipe.rhai` failed before the first step (rank 0)
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
       --> [DIR]/recipe.rhai:2:17
     cause: no function `model (Run)`
     hint: `model` is used as `run.model`
@@ -55,25 +55,25 @@ reports! {
     cause: Undefined variable: rum
     "#;
     wrong_argument: "let run = host::open();\nfor step in run.steps() {\n    step.backward(1.0, 2.0);\n}" => r#"
-    error: recipe `[DIR]/recipe.rhai` failed at step 1 (rank 0)
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
       --> [DIR]/recipe.rhai:3:10
     cause: no function `backward (Step, f64, f64)`
     hint: `backward` is used as `step.backward(sum, weight)`
     "#;
     throws_in_a_function: "fn inner(step) {\n    step.finish();\n}\nlet run = host::open();\nfor step in run.steps() {\n    inner(step);\n}" => r#"
-    error: recipe `[DIR]/recipe.rhai` failed at step 1 (rank 0)
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
       --> [DIR]/recipe.rhai:2:10
     cause: the step has batches that were not taken
     cause: in `inner`, called at line 6
     hint: take batches until `step.next_batch()` gives none, then finish
     "#;
     never_opens: "let x = 1;" => r#"
-    error: recipe `[DIR]/recipe.rhai` failed before the first step (rank 0)
-    cause: it returned before the run was complete, so the last checkpoint is not written
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+    cause: it returned without taking a step, so nothing is trained
     hint: take steps until `run.next_step()` gives none
     "#;
     opens_twice: "host::open();\nhost::open();" => r#"
-    error: recipe `[DIR]/recipe.rhai` failed before the first step (rank 0)
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
       --> [DIR]/recipe.rhai:2:7
     cause: the run is open already
     hint: call `open` once

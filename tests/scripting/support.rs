@@ -158,7 +158,7 @@ pub fn run_with(path: &str, limits: &GuestLimits, training: Linear, stop: StopFl
     training.stop = stop.clone();
     let record = training.record.clone();
     let recipe = Recipe::load(&guest(path), limits)?;
-    on_big_stack(move || recipe.run(Box::new(training), 0, stop))??;
+    on_big_stack(move || recipe.run(Box::new(training), stop))??;
     let record = record.lock().unwrap().clone();
     Ok(record)
 }

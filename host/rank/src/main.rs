@@ -75,7 +75,7 @@ fn train(plan: TrainPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
     };
     let run = Run::open(plan, inputs)?;
     let interruption = run.interruption();
-    recipe.run(Box::new(run), env.rank, stop)?;
+    recipe.run(Box::new(run), stop)?;
     match interruption.get() {
         None => Ok(()),
         Some(step) => Err(Error::interrupted(format!("stopped after step {step}; the checkpoint is saved"))

@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 use crate::worker::{Report, WorkerEnv, since_epoch};
 
 const POLL: Duration = Duration::from_millis(20);
+/// From a rank's death to the SIGTERM for the others: a mistake that all make is then reported by all.
+const SAME_MISTAKE: Duration = Duration::from_millis(200);
 /// From the SIGTERM after a rank's death to the SIGKILL.
 pub(super) const GRACE: Duration = Duration::from_secs(4);
 /// From the SIGKILL to giving up on a process that the kernel does not let die.
@@ -69,6 +71,7 @@ pub(super) struct Ranks {
     signals: Signals,
     polls: u64,
     first_signal: Option<Instant>,
+    stop_at: Option<Instant>,
     kill_at: Option<Instant>,
 }
 
@@ -84,6 +87,7 @@ impl Ranks {
             signals,
             polls: 0,
             first_signal: None,
+            stop_at: None,
             kill_at: None,
         })
     }
@@ -161,13 +165,16 @@ impl Ranks {
             }
         }
         if lost_one && self.kill_at.is_none() {
-            self.kill_at = Some(Instant::now() + GRACE);
-            self.send_all(Signal::TERM);
+            let stop_at = Instant::now() + SAME_MISTAKE;
+            (self.stop_at, self.kill_at) = (Some(stop_at), Some(stop_at + GRACE));
         }
     }
 
-    /// Kills who is left when the time is up. Returns false once even that has not helped.
+    /// Stops, then kills who is left when the time is up. Returns false once even that has not helped.
     fn end_by_deadline(&mut self) -> bool {
+        if self.stop_at.take_if(|stop_at| Instant::now() >= *stop_at).is_some() {
+            self.send_all(Signal::TERM);
+        }
         let Some(kill_at) = self.kill_at else { return true };
         let late = Instant::now().saturating_duration_since(kill_at);
         if late > LAST_WAIT {

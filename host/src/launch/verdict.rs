@@ -13,14 +13,14 @@ use crate::error::{Error, Kind, Result};
 
 pub(super) fn of(mut ended: Vec<Ended>, asked_to_stop: bool, world_size: usize) -> Result<()> {
     ended.sort_by_key(|ended| ended.rank);
-    let first =
-        ended.iter().filter(|ended| failed_by_itself(ended, asked_to_stop)).min_by_key(|ended| precedence(ended));
-    if let Some(first) = first {
-        let mut error = error_of(first);
-        if world_size > 1 {
-            error.rank.get_or_insert(first.rank);
-        }
-        return Err(error);
+    let failed: Vec<&Ended> = ended.iter().filter(|ended| failed_by_itself(ended, asked_to_stop)).collect();
+    if let Some(first) = failed.iter().min_by_key(|ended| precedence(ended)) {
+        let error = without_rank(error_of(first));
+        // Which of those that made the same mistake came first is chance: the lowest is named, and none where all did.
+        let alike: Vec<usize> =
+            failed.iter().filter(|other| without_rank(error_of(other)) == error).map(|other| other.rank).collect();
+        let rank = if alike.len() == world_size { None } else { alike.first().copied() };
+        return Err(Error { rank, ..error });
     }
     if ended.iter().all(|ended| ended.status.is_some_and(|status| status.success())) {
         return Ok(());
@@ -50,6 +50,10 @@ fn precedence(ended: &Ended) -> impl Ord + use<> {
     let secondary = ended.report.as_ref().map_or(!crashed && !ended.sent.is_empty(), |report| report.secondary);
     let at = ended.report.as_ref().map_or(ended.at, |report| report.since_epoch);
     (signal != Some(Signal::KILL.as_raw()), secondary, ended.poll, !crashed, at, ended.rank)
+}
+
+fn without_rank(error: Error) -> Error {
+    Error { rank: None, ..error }
 }
 
 /// Names no rank in the message: [`of`] adds it, where there are several.
@@ -99,7 +103,7 @@ fn interruption(ended: &[Ended]) -> Error {
     let reports = ended.iter().filter_map(|ended| ended.report.as_ref());
     if let Some(own) = reports.into_iter().find(|report| report.error.kind == Kind::Interrupted) {
         // All ranks stopped; naming one of them would mislead.
-        return Error { rank: None, ..own.error.clone() };
+        return without_rank(own.error.clone());
     }
     let clean = ended.iter().all(|ended| matches!(ended.status.and_then(|status| status.code()), Some(0 | 130)));
     Error::interrupted(if clean { "stopped on request" } else { "stopped at once, without saving" })
@@ -141,6 +145,14 @@ mod tests {
         let (rank, message) =
             named(vec![reported(0, 1, 12, "second", false), reported(1, 1, 11, "first", false), ended(2, 2, CODE_0)]);
         assert_eq!((rank, message.as_str()), (Some(1), "first"));
+    }
+
+    #[test]
+    fn of_ranks_that_fail_alike_the_lowest_is_named_or_none() {
+        let bad_row = |rank, ms| reported(rank, rank as u64 + 1, ms, "bad row", false);
+        let three = vec![bad_row(2, 10), bad_row(1, 30), reported(3, 4, 40, "other", false), ended(0, 5, CODE_130)];
+        assert_eq!(named(three), (Some(1), "bad row".into()));
+        assert_eq!(named((0..4).map(|rank| bad_row(rank, 10)).collect()), (None, "bad row".into()));
     }
 
     #[test]

@@ -172,6 +172,10 @@ impl HostState {
             Some(Failure::Run(error)) => Err(error),
             Some(Failure::Guest(mistake)) => Err(blame.mistake(mistake)),
             None if self.complete => Ok(()),
+            None if self.turns == 0 => Err(blame
+                .error()
+                .cause("it returned without taking a step, so nothing is trained")
+                .hint("take steps until `run.next_step()` gives none")),
             None => Err(blame
                 .error()
                 .cause("it returned before the run was complete, so the last checkpoint is not written")

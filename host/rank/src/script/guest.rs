@@ -247,16 +247,13 @@ pub struct Blame {
     pub path: PathBuf,
     /// Where in the work it was: `at step 3`, `on rows 0 to 255`.
     pub place: Option<String>,
-    pub rank: Option<usize>,
 }
 
 impl Blame {
     /// The headline of a guest's failure; a place in the guest follows.
     pub fn error(&self) -> Error {
         let place = self.place.as_ref().map(|place| format!(" {place}")).unwrap_or_default();
-        let mut error = Error::run(format!("{} `{}` failed{place}", self.world.noun(), self.path.display()));
-        error.rank = self.rank;
-        error
+        Error::run(format!("{} `{}` failed{place}", self.world.noun(), self.path.display()))
     }
 
     /// The guest handed back an error.

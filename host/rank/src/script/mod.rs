@@ -75,7 +75,7 @@ impl Recipe {
                 Front::Rhai(text)
             }
         };
-        let blame = Blame { world: World::Recipe, path: guest.path.clone(), place: None, rank: None };
+        let blame = Blame { world: World::Recipe, path: guest.path.clone(), place: None };
         Ok(Self { blame, limits: limits.clone(), digest: digest.to_string(), front })
     }
 
@@ -85,12 +85,11 @@ impl Recipe {
 
     /// Runs the recipe to its end on the calling thread, which must have a large stack ([`on_big_stack`]).
     ///
-    /// An error of `training` comes back unchanged; any other is the recipe's own and names its file, place, step and
-    /// rank. A recipe that returns before the run is complete failed as well: its last checkpoint was never written.
+    /// An error of `training` comes back unchanged; any other is the recipe's own and names its file, place and step.
+    /// A recipe that returns before the run is complete failed as well: its last checkpoint was never written.
     ///
     /// `stop` is the flag that `training` answers at its next turn; here it only ends a guest that does not come back.
-    pub fn run(mut self, training: Box<dyn Training>, rank: usize, stop: StopFlag) -> Result<()> {
-        self.blame.rank = Some(rank);
+    pub fn run(self, training: Box<dyn Training>, stop: StopFlag) -> Result<()> {
         match self.front {
             Front::Wasm(recipe) => recipe.run(self.blame, &self.limits, training, stop),
             Front::Rhai(text) => rhai::run_recipe(&text, self.blame, &self.limits, training, stop),

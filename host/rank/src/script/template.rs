@@ -67,7 +67,7 @@ fn digest(bytes: &[u8]) -> String {
 
 impl Blame {
     fn template(path: &Path) -> Self {
-        Self { world: World::Template, path: path.to_owned(), place: None, rank: None }
+        Self { world: World::Template, path: path.to_owned(), place: None }
     }
 }
 

@@ -1,4 +1,4 @@
-//! A recipe that does what it must not; the config key `hostile` says what.
+//! A recipe that does what it must not; the config key `recipe.hostile` says what.
 
 use std::collections::HashMap;
 use std::hint::black_box;
@@ -8,7 +8,7 @@ use host_sdk::{Value, log};
 
 fn main() -> Result<()> {
     let run = open()?;
-    let Value::Text(what) = run.config("hostile")? else { return Err("no `hostile`".into()) };
+    let Value::Text(what) = run.config("recipe.hostile")? else { return Err("no `recipe.hostile`".into()) };
     let model = run.model();
     let step = run.next_step()?.ok_or("no step")?;
     let batch = step.next_batch()?.ok_or("no batch")?;
@@ -95,15 +95,15 @@ fn main() -> Result<()> {
                 black_box(labels.detach()?);
             }
         }
-        other => return Err(Error::new(format!("unknown `hostile: {other}`"))),
+        other => return Err(Error::new(format!("unknown `recipe.hostile: {other}`"))),
     }
     Ok(())
 }
 
 fn count(run: &Run) -> Result<i64> {
-    match run.config("count")? {
+    match run.config("recipe.count")? {
         Value::Int(count) => Ok(count),
-        _ => Err("`count` is no integer".into()),
+        _ => Err("`recipe.count` is no integer".into()),
     }
 }
 
