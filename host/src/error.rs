@@ -156,6 +156,11 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// `names` as a message lists them: `` `a`, `b` ``.
+pub fn quoted(names: impl IntoIterator<Item = impl fmt::Display>) -> String {
+    names.into_iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+}
+
 /// Gives a `std::io` error the file it happened on.
 pub trait IoContext<T> {
     /// `doing` is a verb phrase: `cannot {doing} `{path}``.

@@ -19,7 +19,7 @@ use serde_json::{Map, Value};
 
 use crate::config::plan::DataFormat;
 use crate::config::suggest;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quoted};
 
 /// One data file, read through once: what decides its rows, how many there are, what they are called.
 #[derive(Clone, Debug)]
@@ -97,8 +97,7 @@ impl SourceFile {
             Some(near) => error.hint(format!("did you mean `{near}`?")),
             None => error,
         };
-        let quoted: Vec<String> = self.columns.iter().map(|column| format!("`{column}`")).collect();
-        Err(error.hint(format!("its columns are {}; `column_map` says which to take", quoted.join(", "))))
+        Err(error.hint(format!("its columns are {}; `column_map` says which to take", quoted(&self.columns))))
     }
 
     fn rows(&self, columns: &[String], range: Range<u64>) -> Result<FileRows> {

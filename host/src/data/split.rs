@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quoted};
 
 /// `split[from:to]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,9 +35,8 @@ pub fn select(text: &str, slices: &[Slice], splits: &[(String, u64)]) -> Result<
         .iter()
         .map(|slice| {
             let Some((name, num_rows)) = splits.iter().find(|(name, _)| *name == slice.split) else {
-                let names: Vec<String> = splits.iter().map(|(name, _)| format!("`{name}`")).collect();
                 return Err(Error::config(format!("split `{text}`: the data set has no split `{}`", slice.split))
-                    .hint(format!("it has {}", names.join(", "))));
+                    .hint(format!("it has {}", quoted(splits.iter().map(|(name, _)| name)))));
             };
             let from = slice.from.map_or(Ok(0), |from| resolve(text, name, from, *num_rows))?;
             let to = slice.to.map_or(Ok(*num_rows), |to| resolve(text, name, to, *num_rows))?;

@@ -86,6 +86,13 @@ impl Stage {
     }
 }
 
+/// Waits for a launcher process of two ranks: its exit code and what it printed to stderr. No rank may be left.
+fn end_of(launcher: Child, stage: &Stage) -> (Option<i32>, String) {
+    let output = launcher.wait_with_output().unwrap();
+    stage.assert_nobody_left(2);
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).trim().to_owned())
+}
+
 fn wait_for(what: &str, done: impl Fn() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -235,14 +242,10 @@ fn ctrl_c_at_the_launcher_alone_stops_every_rank_once() {
     std::thread::sleep(Duration::from_millis(100));
     // The same keystroke, forwarded by somebody else as well.
     kill_process(pid, Signal::INT).unwrap();
-    let output = launcher.wait_with_output().unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(130), "{stderr}");
-    assert_eq!(stderr.trim(), "error: stopped at step 12, state saved");
+    assert_eq!(end_of(launcher, &stage), (Some(130), "error: stopped at step 12, state saved".into()));
     for rank in 0..2 {
         assert_eq!(std::fs::read_to_string(stage.path(&format!("stops{rank}"))).unwrap().trim(), "1");
     }
-    stage.assert_nobody_left(2);
 }
 
 #[test]
@@ -253,10 +256,7 @@ fn a_second_ctrl_c_ends_ranks_that_do_not_stop() {
     kill_process(pid, Signal::INT).unwrap();
     std::thread::sleep(Duration::from_millis(1300));
     kill_process(pid, Signal::INT).unwrap();
-    let output = launcher.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(130));
-    assert_eq!(String::from_utf8_lossy(&output.stderr).trim(), "error: stopped at once, without saving");
-    stage.assert_nobody_left(2);
+    assert_eq!(end_of(launcher, &stage), (Some(130), "error: stopped at once, without saving".into()));
 }
 
 #[test]
@@ -264,8 +264,7 @@ fn sigterm_is_forwarded_as_sigterm() {
     let stage = Stage::new("trap 'exit 130' TERM; trap 'exit 3' INT; ready; forever");
     let launcher = stage.launcher_process(2);
     kill_process(Pid::from_child(&launcher), Signal::TERM).unwrap();
-    assert_eq!(launcher.wait_with_output().unwrap().status.code(), Some(130));
-    stage.assert_nobody_left(2);
+    assert_eq!(end_of(launcher, &stage).0, Some(130));
 }
 
 #[test]
@@ -284,12 +283,8 @@ fn ctrl_c_at_a_terminal_reaches_workers_twice_and_counts_once() {
     let launcher = stage.launcher_process(2);
     // The launcher leads a group of its own here; the terminal signals the whole group.
     rustix::process::kill_process_group(Pid::from_child(&launcher), Signal::INT).unwrap();
-    let output = launcher.wait_with_output().unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(130), "{stderr}");
-    assert_eq!(stderr.trim(), "error: stopped at step 3, state saved");
+    assert_eq!(end_of(launcher, &stage), (Some(130), "error: stopped at step 3, state saved".into()));
     assert!(stage.path("saved0").exists() && stage.path("saved1").exists());
-    stage.assert_nobody_left(2);
 }
 
 #[test]
@@ -297,10 +292,7 @@ fn ctrl_c_before_workers_listen_is_no_failure() {
     let stage = Stage::new("ready; forever");
     let launcher = stage.launcher_process(2);
     rustix::process::kill_process_group(Pid::from_child(&launcher), Signal::INT).unwrap();
-    let output = launcher.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(130));
-    assert_eq!(String::from_utf8_lossy(&output.stderr).trim(), "error: stopped at once, without saving");
-    stage.assert_nobody_left(2);
+    assert_eq!(end_of(launcher, &stage), (Some(130), "error: stopped at once, without saving".into()));
 }
 
 #[test]
@@ -308,13 +300,11 @@ fn a_panic_is_reported_once_with_its_place() {
     let stage = real_workers();
     let launcher = stage.launcher_process(2);
     std::fs::write(stage.path("panic"), "").unwrap();
-    let output = launcher.wait_with_output().unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(101), "{stderr}");
+    let (code, stderr) = end_of(launcher, &stage);
+    assert_eq!(code, Some(101), "{stderr}");
     assert!(stderr.starts_with("error: internal error: an odd number of heads (rank 1)\n  --> "), "{stderr}");
     assert!(stderr.contains("launch/tests.rs:"), "{stderr}");
     assert_eq!(stderr.matches("an odd number of heads").count(), 1, "{stderr}");
-    stage.assert_nobody_left(2);
 }
 
 #[test]

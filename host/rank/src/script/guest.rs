@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use super::api::types;
+use host::error::quoted;
 use host::{Error, Result};
 use wasmparser::{ComponentTypeRef, Encoding, Parser, Payload};
 
@@ -194,10 +195,7 @@ fn check_world(path: &Path, surface: &Surface, world: World) -> Result<()> {
         None => {
             let exports = match surface.exports.as_slice() {
                 [] => "it exports nothing".to_string(),
-                exports => format!(
-                    "it exports {}",
-                    exports.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
-                ),
+                exports => format!("it exports {}", quoted(exports)),
             };
             Error::config(format!("the component `{}` is not a {noun} of host:sdk", path.display()))
                 .cause(format!("{exports}, not `{needed}`"))
@@ -225,10 +223,7 @@ fn check_imports(path: &Path, surface: &Surface, world: World) -> Result<()> {
     let error = Error::config(format!("the {noun} `{shown}` wants `{first}`, which guests do not get"));
     let error = match denied.len() {
         1 => error,
-        _ => error.cause(format!(
-            "it imports {}",
-            denied.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
-        )),
+        _ => error.cause(format!("it imports {}", quoted(&denied))),
     };
     Err(error.hint(match first.split('/').next().unwrap_or_default() {
         "wasi:filesystem" => {

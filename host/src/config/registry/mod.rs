@@ -9,6 +9,7 @@ pub mod components;
 pub mod keys;
 
 use super::suggest;
+use crate::error::quoted;
 
 /// What a component is for; a section of the config takes one role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +77,6 @@ pub enum Type {
 impl Type {
     /// Says what is needed, for `… must be …`.
     pub fn expected(&self) -> String {
-        let quoted = |names: &[&str]| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         match self {
             Type::Bool => "`True` or `False`".into(),
             Type::Count { min, max: u64::MAX } => format!("a whole number, at least {min}"),
@@ -85,9 +85,9 @@ impl Type {
             Type::Number { min, max } if max.is_infinite() => format!("a number, at least {min}"),
             Type::Number { min, max } => format!("a number from {min} to {max}"),
             Type::Text => "a text".into(),
-            Type::OneOf(names) => format!("one of {}", quoted(names)),
+            Type::OneOf(names) => format!("one of {}", quoted(*names)),
             Type::Texts => "a list of texts".into(),
-            Type::TextsOf(names) => format!("a list of {}", quoted(names)),
+            Type::TextsOf(names) => format!("a list of {}", quoted(*names)),
             Type::Section(_) => "a section of keys".into(),
             Type::Component(role) => format!("a section with `_component_: {}`", role.noun()),
             Type::Any => "a value".into(),
