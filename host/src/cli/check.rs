@@ -159,10 +159,12 @@ impl Findings<'_> {
     }
 }
 
-/// Whether both files are there and hold different bytes.
+/// Whether `path` and `other`, if that is there, are files of different bytes.
 fn differ(path: &Path, other: &Path) -> bool {
     let is_same_file = path.canonicalize().ok() == other.canonicalize().ok();
-    !is_same_file && matches!((std::fs::read(path), std::fs::read(other)), (Ok(ours), Ok(theirs)) if ours != theirs)
+    !is_same_file
+        && other.is_file()
+        && matches!((std::fs::read(path), std::fs::read(other)), (Ok(ours), Ok(theirs)) if ours != theirs)
 }
 
 fn template_hint(template: &GuestRef) -> String {

@@ -143,10 +143,10 @@ impl Run {
             tracing::info!(
                 "data: {rows} rows, {steps_per_epoch} steps an epoch of {samples} samples, epochs: {epochs}"
             );
+            let steps = epochs * steps_per_epoch;
             if let SchedulePlan::Cosine { num_warmup_steps: warmup, .. } = plan.schedule
-                && warmup >= epochs * steps_per_epoch
+                && warmup >= steps
             {
-                let steps = epochs * steps_per_epoch;
                 tracing::warn!(
                     "`lr_scheduler.num_warmup_steps` is {warmup} and the run has {steps} steps: the rate rises to the end and never reaches `optimizer.lr`"
                 );
