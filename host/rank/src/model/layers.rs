@@ -137,10 +137,114 @@ impl Head {
         chunk_rows: i64,
         forward: &Forward,
     ) -> Result<Tensor> {
-        if self.0.lora.is_some() {
-            let scores = self.logits(hidden, forward)?;
-            return Ok(scores.cross_entropy_loss::<Tensor>(labels, None, tch::Reduction::Sum, -100, 0.0));
+        match &self.0.lora {
+            Some(lora) => self.adapted_cross_entropy_sum(lora, hidden, labels, chunk_rows, forward),
+            None => {
+                autograd::linear_cross_entropy_sum(hidden, &self.0.frozen, labels, chunk_rows).torch("compute the loss")
+            }
         }
-        autograd::linear_cross_entropy_sum(hidden, &self.0.frozen, labels, chunk_rows).torch("compute the loss")
+    }
+
+    /// The same for a head with an adapter. As in the fused loss, gradients are made on the way forward, chunk by chunk, so
+    /// that one chunk of scores is all that ever exists; what is returned only carries them.
+    fn adapted_cross_entropy_sum(
+        &self,
+        lora: &LoraPair,
+        hidden: &Tensor,
+        labels: &Tensor,
+        chunk_rows: i64,
+        forward: &Forward,
+    ) -> Result<Tensor> {
+        let options = (Kind::Float, hidden.device());
+        let mut sum = Tensor::zeros([0i64; 0], options);
+        // A function of hidden and factors whose gradient is that of the sum: Σ x · d(sum)/dx.
+        let mut linear = Tensor::zeros([0i64; 0], options);
+        let (mut grad_a, mut grad_b) = (None, None);
+        let add = |total: Option<Tensor>, grad: Tensor| {
+            let grad = grad.to_kind(Kind::Float);
+            Some(total.map_or(grad.shallow_clone(), |total| total + grad))
+        };
+        let carry = |x: &Tensor, grad: &Tensor| (x.to_kind(Kind::Float) * grad.to_kind(Kind::Float)).sum(Kind::Float);
+        let rows = hidden.size()[0];
+        for begin in (0..rows).step_by(chunk_rows.max(1) as usize) {
+            let count = chunk_rows.min(rows - begin);
+            let part = hidden.narrow(0, begin, count);
+            let x = part.detach().set_requires_grad(part.requires_grad());
+            let at = forward.at(&Tensor::arange_start(begin, begin + count, (Kind::Int64, hidden.device())));
+            let labels = labels.narrow(0, begin, count);
+            let loss =
+                self.logits(&x, &at)?.cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::Sum, -100, 0.0);
+            sum += loss.detach();
+            if !loss.requires_grad() {
+                continue;
+            }
+            let mut inputs = vec![&lora.a, &lora.b];
+            inputs.extend(x.requires_grad().then_some(&x));
+            let grads = Tensor::f_run_backward(&[&loss], &inputs, false, false).torch("compute the loss")?;
+            let mut grads = grads.into_iter();
+            (grad_a, grad_b) = (
+                grads.next().and_then(|grad| add(grad_a.take(), grad)),
+                grads.next().and_then(|grad| add(grad_b.take(), grad)),
+            );
+            if let Some(grad) = grads.next() {
+                linear += carry(&part, &grad);
+            }
+        }
+        for (factor, grad) in [(&lora.a, grad_a), (&lora.b, grad_b)] {
+            if let Some(grad) = grad {
+                linear += carry(factor, &grad);
+            }
+        }
+        Ok(sum + (&linear - linear.detach()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use host::config::plan::LoraPlan;
+    use tch::{Device, Reduction};
+
+    use super::*;
+    use crate::adapter::LoraAdapter;
+    use crate::model::llama::LinearSpec;
+
+    /// The loss of a head with an adapter and every gradient of it, however many rows are taken at a time.
+    #[test]
+    fn an_adapted_head_is_chunked_without_changing_a_gradient() {
+        tch::manual_seed(1);
+        let (rows, hidden_size, vocabulary) = (11, 6, 13);
+        let kinds = (Kind::Float, Device::Cpu);
+        let spec = LinearSpec { name: "lm_head".into(), inputs: hidden_size, outputs: vocabulary };
+        let plan = LoraPlan { rank: 2, alpha: 4.0, dropout: 0.0, targets: vec!["lm_head".into()] };
+        let adapter = LoraAdapter::new(&plan, &[spec], 7, Kind::Float, Device::Cpu).unwrap();
+        let lora = adapter.pair("lm_head").unwrap();
+        let b = Tensor::randn([vocabulary, 2], kinds);
+        tch::no_grad(|| lora.b.shallow_clone().copy_(&b));
+        let weight = Tensor::randn([vocabulary, hidden_size], kinds);
+        let frozen = FrozenLinear::new(&weight, None, false).unwrap();
+        let head = Head(Linear { name: "lm_head".into(), frozen, lora: Some(lora) });
+        let lora = head.0.lora.as_ref().unwrap();
+        let hidden = Tensor::randn([rows, hidden_size], kinds).set_requires_grad(true);
+        let labels = Tensor::from_slice(&[3i64, 0, 12, -100, 5, 5, 1, 2, -100, 9, 11]);
+        let empty = Tensor::zeros([0], kinds);
+        let forward = Forward { cu_seqlens: &[0, rows], cos: empty.shallow_clone(), sin: empty, dropout_keys: None };
+
+        let adapted = weight + lora.b.matmul(&lora.a) * lora.scale;
+        let expected = hidden.matmul(&adapted.tr());
+        let expected = expected.cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0) * 3.0;
+        let inputs = [&hidden, &lora.a, &lora.b];
+        let expected_grads = Tensor::run_backward(&[&expected], &inputs, false, false);
+        for chunk_rows in [1, 3, 11, 64] {
+            let sum = head.cross_entropy_sum(&hidden, &labels, chunk_rows, &forward).unwrap() * 3.0;
+            let grads = Tensor::run_backward(&[&sum], &inputs, false, false);
+            let difference = (&sum - &expected).abs().double_value(&[]);
+            assert!(difference < 1e-4, "{chunk_rows} rows: the loss differs by {difference}");
+            for (grad, expected) in grads.iter().zip(&expected_grads) {
+                let difference = ((grad - expected).norm() / expected.norm()).double_value(&[]);
+                assert!(difference < 1e-5, "{chunk_rows} rows: a gradient differs by {difference}");
+            }
+        }
+        let quiet = tch::no_grad(|| head.cross_entropy_sum(&hidden, &labels, 4, &forward).unwrap());
+        assert!(!quiet.requires_grad() && (quiet * 3.0 - expected).abs().double_value(&[]) < 1e-4);
     }
 }
