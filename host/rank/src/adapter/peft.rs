@@ -68,20 +68,10 @@ pub fn read_plan(dir: &Path) -> Result<LoraPlan> {
     if value.get("peft_type").and_then(Value::as_str) != Some("LORA") {
         return Err(bad(format!("`peft_type` is {}, only \"LORA\" is read", value["peft_type"])).at_file(&path));
     }
-    let unread = [
-        ("use_dora", json!(false)),
-        ("use_rslora", json!(false)),
-        ("bias", json!("none")),
-        ("lora_bias", json!(false)),
-        ("fan_in_fan_out", json!(false)),
-        ("alpha_pattern", json!({})),
-        ("rank_pattern", json!({})),
-        ("modules_to_save", json!([])),
-        ("layers_to_transform", json!([])),
-    ];
-    for (key, off) in unread {
-        if value.get(key).is_some_and(|found| *found != off && !found.is_null()) {
-            return Err(bad(format!("`{key}` is {}, only {off} is read so far", value[key])).at_file(&path));
+    for (key, found) in value.as_object().into_iter().flatten() {
+        if !is_read(key, found) {
+            let what = format!("`{key}` is {found}, which changes what the adapter computes and is not read yet");
+            return Err(bad(what).at_file(&path));
         }
     }
     let targets: Vec<String> = match value.get("target_modules") {
@@ -90,6 +80,27 @@ pub fn read_plan(dir: &Path) -> Result<LoraPlan> {
     };
     let dropout = value.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0);
     Ok(LoraPlan { rank: number("r")? as usize, alpha: number("lora_alpha")?, dropout, targets })
+}
+
+/// Whether a setting is read above, or says nothing about what the adapter computes: an unknown one must be off.
+fn is_read(key: &str, value: &Value) -> bool {
+    match key {
+        "peft_type" | "r" | "lora_alpha" | "lora_dropout" | "target_modules" => true,
+        "task_type" | "base_model_name_or_path" | "revision" | "inference_mode" | "auto_mapping" | "peft_version" => {
+            true
+        }
+        // Settings of what has to be switched on elsewhere.
+        "layers_pattern" | "megatron_core" | "qalora_group_size" | "runtime_config" => true,
+        "bias" => value == "none",
+        // Others replace the base's weights as well.
+        "init_lora_weights" => value.is_boolean() || value == "gaussian" || value == "orthogonal" || value == "eva",
+        _ => match value {
+            Value::Null | Value::Bool(false) => true,
+            Value::Array(items) => items.is_empty(),
+            Value::Object(keys) => keys.is_empty(),
+            _ => false,
+        },
+    }
 }
 
 /// Fills `adapter` from the weights in `dir`. Every factor must be there, in its shape, and nothing else.
@@ -125,4 +136,63 @@ pub fn base_model_name(checkpoint_dir: &Path) -> Result<String> {
     let text = std::fs::read_to_string(&path).path_context("read", &path)?;
     let value: Value = serde_json::from_str(&text).unwrap_or_default();
     Ok(value.get("repo_id").and_then(Value::as_str).map_or_else(absolute, str::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What PEFT 0.18 writes for a plain LoRA adapter.
+    const PLAIN: &str = r#"{"alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null,
+        "auto_mapping": null, "base_model_name_or_path": "base", "bias": "none", "corda_config": null,
+        "ensure_weight_tying": false, "eva_config": null, "exclude_modules": null, "fan_in_fan_out": false,
+        "inference_mode": true, "init_lora_weights": true, "layer_replication": null, "layers_pattern": null,
+        "layers_to_transform": null, "loftq_config": {}, "lora_alpha": 16, "lora_bias": false, "lora_dropout": 0.1,
+        "megatron_config": null, "megatron_core": "megatron.core", "modules_to_save": null, "peft_type": "LORA",
+        "peft_version": "0.18.0", "qalora_group_size": 16, "r": 8, "rank_pattern": {}, "revision": null,
+        "target_modules": ["q_proj", "v_proj"], "target_parameters": null, "task_type": "CAUSAL_LM",
+        "trainable_token_indices": null, "use_dora": false, "use_qalora": false, "use_rslora": false}"#;
+
+    fn read(key: &str, value: Value) -> Result<LoraPlan> {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config: Value = serde_json::from_str(PLAIN).unwrap();
+        config[key] = value;
+        std::fs::write(dir.path().join(CONFIG), config.to_string()).unwrap();
+        read_plan(dir.path())
+    }
+
+    #[test]
+    fn a_plain_adapter_is_read() {
+        let targets = vec!["q_proj".to_owned(), "v_proj".to_owned()];
+        let expected = LoraPlan { rank: 8, alpha: 16.0, dropout: 0.1, targets };
+        assert_eq!(read("revision", json!("main")).unwrap(), expected);
+    }
+
+    #[test]
+    fn settings_that_are_not_read_are_refused() {
+        for (key, value) in [
+            ("use_dora", json!(true)),
+            ("use_rslora", json!(true)),
+            ("bias", json!("lora_only")),
+            ("rank_pattern", json!({"q_proj": 4})),
+            ("alpha_pattern", json!({"q_proj": 4})),
+            ("modules_to_save", json!(["lm_head"])),
+            ("layers_to_transform", json!([0])),
+            ("exclude_modules", json!("q_proj")),
+            ("init_lora_weights", json!("pissa")),
+            ("a_key_of_tomorrow", json!(1)),
+        ] {
+            let error = read(key, value.clone()).unwrap_err();
+            assert!(error.causes[0].starts_with(&format!("`{key}` is {value}")), "{error}");
+            assert!(error.locations[0].file.ends_with(CONFIG));
+        }
+        for (key, value, cause) in [
+            ("r", json!(0), "`r` is no positive number"),
+            ("target_modules", json!("all-linear"), "`target_modules` is no list"),
+            ("peft_type", json!("IA3"), "`peft_type` is \"IA3\""),
+        ] {
+            let error = read(key, value).unwrap_err();
+            assert!(error.causes[0].starts_with(cause), "{error}");
+        }
+    }
 }
