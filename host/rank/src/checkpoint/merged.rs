@@ -54,3 +54,48 @@ pub fn write(
     let index = json!({"metadata": {"total_size": total_bytes}, "weight_map": weight_map});
     files::write_json(&dir.join("model.safetensors.index.json"), &index)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use host::hf::WeightIndex;
+
+    use super::*;
+
+    /// No shard above the limit, an index that says where each tensor is, and the same numbers when it is loaded again.
+    #[test]
+    fn several_shards_load_again() {
+        const LIMIT: usize = 600_000;
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-llama");
+        let base = Weights::open(WeightIndex::open(&base, &[]).unwrap()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        write(&base, None, Kind::BFloat16, LIMIT, dir.path()).unwrap();
+
+        let index: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(dir.path().join("model.safetensors.index.json")).unwrap()).unwrap();
+        let map = index["weight_map"].as_object().unwrap();
+        let files: BTreeSet<&str> = map.values().map(|file| file.as_str().unwrap()).collect();
+        let count = files.len();
+        assert!(count > 3, "{files:?}");
+        for (file, number) in files.iter().zip(1..) {
+            assert_eq!(*file, format!("model-{number:05}-of-{count:05}.safetensors"));
+            let bytes = std::fs::read(dir.path().join(file)).unwrap();
+            let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let names: BTreeSet<&str> = tensors.iter().map(|(name, _)| name).collect();
+            let listed: BTreeSet<&str> = map.iter().filter(|(_, at)| *at == file).map(|(name, _)| &**name).collect();
+            assert_eq!(names, listed);
+            let data: usize = tensors.iter().map(|(_, view)| view.data().len()).sum();
+            assert!(data <= LIMIT || names.len() == 1, "{file} has {data} bytes");
+        }
+
+        let merged = Weights::open(WeightIndex::open(dir.path(), &[]).unwrap()).unwrap();
+        assert_eq!(merged.index.tensors.len(), base.index.tensors.len());
+        for name in base.index.tensors.keys() {
+            let load = |weights: &Weights| weights.load_any(name, Kind::Float, Device::Cpu).unwrap();
+            assert!(load(&merged).equal(&load(&base)), "{name}");
+        }
+        let total: usize = merged.index.tensors.values().map(|entry| entry.end - entry.start).sum();
+        assert_eq!(index["metadata"]["total_size"], total);
+    }
+}
