@@ -131,19 +131,6 @@ impl MicroBatch {
         batch.num_padded_tokens = batch.tokens.len();
         batch
     }
-
-    pub fn num_docs(&self) -> usize {
-        self.sample_ids.len()
-    }
-
-    pub fn num_labels(&self) -> usize {
-        self.labels.len()
-    }
-
-    /// The most tokens of one document.
-    pub fn longest_doc(&self) -> usize {
-        self.cu_seqlens.windows(2).map(|ends| (ends[1] - ends[0]) as usize).max().unwrap_or(0)
-    }
 }
 
 #[cfg(test)]
@@ -198,7 +185,7 @@ mod tests {
         assert_eq!(batches[2].cu_seqlens, [0, 4, 8]);
         assert_eq!(batches[2].positions, [0, 1, 2, 3, 0, 1, 2, 3]);
         assert_eq!((&batches[2].label_positions, &batches[2].labels), (&vec![1, 2, 5, 6], &vec![2, 3, 302, 303]));
-        assert_eq!((batches[0].num_docs(), batches[0].num_labels(), batches[0].longest_doc()), (1, 5, 9));
+        assert_eq!((batches[0].labels.len(), &batches[0].cu_seqlens), (5, &vec![0, 9]));
     }
 
     /// What torchtune counted in its recorded runs, step by step: label, real and padded tokens of rank 0.
@@ -213,7 +200,7 @@ mod tests {
             for (rows, golden) in rows.chunks(8).zip(steps) {
                 let batches = microbatches(&data, rows, &padded(2), 0, world_size);
                 let sum = |count: fn(&MicroBatch) -> usize| Some(batches.iter().map(count).sum::<usize>() as u64);
-                assert_eq!(sum(MicroBatch::num_labels), golden["label_tokens"].as_u64(), "{name}");
+                assert_eq!(sum(|batch| batch.labels.len()), golden["label_tokens"].as_u64(), "{name}");
                 assert_eq!(sum(|batch| batch.num_real_tokens), golden["real_tokens"].as_u64(), "{name}");
                 assert_eq!(sum(|batch| batch.num_padded_tokens), golden["padded_tokens"].as_u64(), "{name}");
             }
@@ -242,7 +229,7 @@ mod tests {
     }
 
     fn check_invariants(layout: &BatchLayout, data: &Tokenized, batch: &MicroBatch) {
-        assert!(batch.num_docs() > 0);
+        assert!(!batch.sample_ids.is_empty());
         assert_eq!(batch.tokens.len(), batch.positions.len());
         assert_eq!(batch.tokens.len(), batch.num_padded_tokens);
         for (doc, ends) in batch.cu_seqlens.windows(2).enumerate() {
@@ -258,10 +245,10 @@ mod tests {
             assert!(!batch.cu_seqlens.contains(&(position + 1)), "a label in another document");
         }
         match layout.layout {
-            Layout::Padded => assert!(batch.num_docs() <= layout.batch_size),
+            Layout::Padded => assert!(batch.sample_ids.len() <= layout.batch_size),
             Layout::Varlen => {
                 assert_eq!(batch.num_real_tokens, batch.num_padded_tokens);
-                assert!(batch.num_docs() == 1 || batch.num_real_tokens <= layout.tokens_per_microbatch);
+                assert!(batch.sample_ids.len() == 1 || batch.num_real_tokens <= layout.tokens_per_microbatch);
             }
         }
     }

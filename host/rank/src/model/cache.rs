@@ -17,11 +17,6 @@ impl KvCache {
         Self { layers: (0..layers).map(|_| (buffer(), buffer())).collect(), length: 0 }
     }
 
-    /// Tokens already in the cache; the next token's position.
-    pub fn len(&self) -> i64 {
-        self.length
-    }
-
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
