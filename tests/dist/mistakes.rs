@@ -88,10 +88,13 @@ fn a_warm_up_without_end_is_told() {
 fn an_adapter_on_a_layer_that_is_not_there() {
     let case = Case::new();
     case.edit("model/config.json", r#""tie_word_embeddings": false"#, r#""tie_word_embeddings": true"#);
-    assert_snapshot!(fails(&case, WASM, &["model.apply_lora_to_output=True"]), @"
+    case.edit("train.yaml", "  lora_attn_modules:", "  apply_lora_to_output: True\n  lora_attn_modules:");
+    assert_snapshot!(fails(&case, WASM, &[]), @"
     exit 2
-    error: adapter target `lm_head` matches no linear layer of this model
-    hint: its output layer is tied to the embedding; set `model.apply_lora_to_output: False`
+    error: this model's output layer is its embedding, which takes no adapter
+      --> train.yaml:4:25
+      --> model/config.json
+    hint: set `model.apply_lora_to_output: False`
     ");
 }
 

@@ -83,7 +83,17 @@ impl Findings<'_> {
             self.add("checkpointer.checkpoint_dir", error);
             return;
         }
-        self.add_result("checkpointer.checkpoint_dir", ModelConfig::read(folder));
+        match ModelConfig::read(folder) {
+            Err(error) => self.add("checkpointer.checkpoint_dir", error),
+            Ok(config) => {
+                let adapts_head = model.lora.as_ref().is_some_and(|lora| lora.targets.iter().any(|t| t == "lm_head"));
+                if adapts_head && config.tie_word_embeddings {
+                    let what = "this model's output layer is its embedding, which takes no adapter";
+                    let error = Error::config(what).at_file(folder.join("config.json"));
+                    self.add("model.apply_lora_to_output", error.hint("set `model.apply_lora_to_output: False`"));
+                }
+            }
+        }
         let key = if model.checkpoint_files.is_empty() { "checkpoint_dir" } else { "checkpoint_files" };
         self.add_result(&format!("checkpointer.{key}"), WeightIndex::open(folder, &model.checkpoint_files));
         if let Some(adapter) = &model.adapter_dir {

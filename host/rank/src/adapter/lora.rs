@@ -132,12 +132,8 @@ fn matching(plan: &LoraPlan, linears: &[LinearSpec]) -> Result<Vec<LinearSpec>> 
             let mut names: Vec<&str> = linears.iter().filter_map(|spec| spec.name.rsplit('.').next()).collect();
             names.sort_unstable();
             names.dedup();
-            let error = Error::config(format!("adapter target `{target}` matches no linear layer of this model"));
-            return Err(if target == "lm_head" {
-                error.hint("its output layer is tied to the embedding; set `model.apply_lora_to_output: False`")
-            } else {
-                error.hint(format!("layer names here end in: {}", names.join(", ")))
-            });
+            return Err(Error::config(format!("adapter target `{target}` matches no linear layer of this model"))
+                .hint(format!("layer names here end in: {}", names.join(", "))));
         }
     }
     let wanted = |spec: &&LinearSpec| plan.targets.iter().any(|target| ends_with(spec, target));
