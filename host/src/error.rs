@@ -51,6 +51,9 @@ pub struct Error {
 }
 
 impl Error {
+    /// The hint of a defect.
+    pub const REPORT: &str = "this is a defect of `host`: please report it with the config";
+
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self {
             kind,

@@ -1,6 +1,7 @@
 //! A folder with all a run needs, the programs started in it, and what came of them.
 
 use std::collections::BTreeMap;
+use std::net::TcpListener;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -175,6 +176,18 @@ impl Case {
         self.host(&[&["run", recipe, "--config", "train.yaml"], arguments].concat())
     }
 
+    /// The same for one rank of two that somebody else starts; they meet at `port`.
+    pub fn join(&self, rank: usize, port: u16, arguments: &[&str]) -> Command {
+        let mut command = self.run(WASM, &[&["gradient_accumulation_steps=2"], arguments].concat());
+        let rank = rank.to_string();
+        command.env("RANK", &rank).env("LOCAL_RANK", &rank).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
+        command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+        // As the launcher shares the cores among its workers.
+        let cores = std::thread::available_parallelism().unwrap().get();
+        command.env("OMP_NUM_THREADS", (cores / 2).max(1).to_string());
+        command
+    }
+
     /// Trains to the end into `output_dir` and returns the losses.
     #[track_caller]
     pub fn losses(&self, recipe: &str, output_dir: &str, arguments: &[&str]) -> Vec<f64> {
@@ -249,6 +262,16 @@ impl Running {
         Self { pid: child.id(), child: Some(child) }
     }
 
+    /// Takes the reader of standard output away.
+    pub fn close_stdout(&mut self) {
+        drop(self.child.as_mut().unwrap().stdout.take());
+    }
+
+    /// Takes the reader of standard error away.
+    pub fn close_stderr(&mut self) {
+        drop(self.child.as_mut().unwrap().stderr.take());
+    }
+
     /// Waits until the run has logged `steps` steps.
     #[track_caller]
     pub fn wait_for_steps(&mut self, case: &Case, output_dir: &str, steps: usize) {
@@ -313,6 +336,10 @@ impl Drop for Running {
             let _ = child.wait();
         }
     }
+}
+
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// Whether a process is still there; one that nobody has waited for yet counts.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use insta::assert_snapshot;
 use rustix::process::{Signal, kill_process};
 
-use crate::case::{Case, Ended, LONG, Running, WASM, lives};
+use crate::case::{Case, Ended, LONG, Running, STEPS, WASM, lives};
 
 const TWO_LONG: &[&str] = &["--nproc", "2"];
 const RANKS: [usize; 2] = [0, 1];
@@ -89,4 +89,30 @@ fn a_port_that_is_taken_is_named() {
     hint: leave `--master-port` out to take a free one, or name another
     ");
     assert!(!case.path("out").exists());
+}
+
+/// `host run … | head`: whoever reads the lines may leave, and the run goes on.
+#[test]
+fn a_reader_that_leaves_does_not_end_the_run() {
+    let case = Case::new();
+    let stdout = ["metric_logger=StdoutLogger", "~metric_logger.log_dir", "~metric_logger.output_fmt"];
+    let arguments = [&stdout[..], &["~metric_logger.filename"]].concat();
+    let read = Ended::of(&mut case.run(WASM, &[&arguments[..], &["output_dir=read"]].concat()));
+    assert_eq!(read.code, 0, "{}", read.stderr);
+    let lines: Vec<&str> = read.stdout.lines().filter(|line| line.contains("| loss:")).collect();
+    assert_eq!(lines.len(), STEPS);
+    assert!(lines[0].starts_with("Step 1 | loss:") && lines[0].ends_with(' '), "{lines:?}");
+
+    for closes_stderr in [false, true] {
+        let mut run = Running::start(&mut case.run(WASM, &arguments));
+        run.close_stdout();
+        if closes_stderr {
+            run.close_stderr();
+        }
+        let ended = run.wait();
+        assert_eq!(ended.code, 0, "{}", ended.stderr);
+        assert_eq!(ended.stderr.matches("nobody reads standard output").count(), usize::from(!closes_stderr));
+        assert_eq!(case.checkpoints("out"), ["epoch_0"]);
+        std::fs::remove_dir_all(case.path("out")).unwrap();
+    }
 }

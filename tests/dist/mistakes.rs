@@ -4,7 +4,7 @@ use std::process::Command;
 
 use insta::assert_snapshot;
 
-use crate::case::{Case, Ended, WASM, rows};
+use crate::case::{Case, Ended, Running, WASM, free_port, rows};
 
 /// What the failing `command` says, without the lines of guests that other tests own.
 #[track_caller]
@@ -96,6 +96,114 @@ fn an_adapter_on_a_layer_that_is_not_there() {
       --> model/config.json
     hint: set `model.apply_lora_to_output: False`
     ");
+}
+
+#[test]
+fn a_validation_set_without_a_label() {
+    let case = Case::new();
+    // So long a document that the cut takes the answer.
+    let row = serde_json::json!({ "document": "A long text. ".repeat(200), "summary": "text" });
+    case.write("data/validation.jsonl", format!("{row}\n{row}\n"));
+    assert_snapshot!(fails(&case, WASM, &[]), @"
+    exit 2
+    error: split `validation` of the data set has nothing to learn from: no sample has a token that carries loss
+    cause: these are the validation rows, `dataset_val`
+    hint: raise `tokenizer.max_seq_len` if it cuts the answers away; check what the template marks as answer
+    ");
+}
+
+/// Each part of the config that decides what a checkpoint is of, all in one report.
+#[test]
+fn a_checkpoint_of_another_run() {
+    let case = Case::new();
+    case.losses(WASM, "done", &["save_every_n_steps=4"]);
+    let resume = |arguments: &[&str]| fails(&case, WASM, &[&["resume_from=done/step_4"], arguments].concat());
+    assert_snapshot!(resume(&["model.lora_alpha=32", "dtype=bf16", "shuffle=False", "model.lora_dropout=0.1"]), @"
+    exit 2
+    error: the checkpoint `done/step_4` is of another run
+    cause: `model.lora_alpha`: 16 in the checkpoint, 32 in this run
+    cause: `model.lora_dropout`: 0 in the checkpoint, 0.1 in this run
+    cause: `dtype`: fp32 in the checkpoint, bf16 in this run
+    cause: `shuffle`: True in the checkpoint, False in this run
+    hint: `done/step_4/config_resolved.yaml` is the config to resume it with
+    hint: or start a new run: leave `resume_from_checkpoint` out and take another `output_dir`
+    ");
+    assert_snapshot!(resume(&["batch_size=3"]), @"
+    exit 2
+    error: the checkpoint `done/step_4` cannot go on with these batches
+    cause: its steps have 8 samples, `batch_size` × ranks is 3
+    hint: set `batch_size` so that batch_size × ranks divides the samples of a step
+    ");
+    assert_snapshot!(resume(&["max_steps_per_epoch=3"]), @"
+    exit 2
+    error: the checkpoint is 4 steps into an epoch that now has 3
+    hint: raise `max_steps_per_epoch`, or resume from an `epoch_N` folder with `resume_from`
+    ");
+
+    // Other weights of the same shapes, and other rows.
+    let name = "model/model-00002-of-00002.safetensors";
+    let mut bytes = std::fs::read(case.path(name)).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[8 + header] ^= 1;
+    case.write(name, bytes);
+    let report = resume(&["dataset.split=train[80:160]"]);
+    assert_eq!(report.matches("cause: ").count(), 2, "{report}");
+    assert!(report.contains("cause: the model in `checkpointer.checkpoint_dir`: of fingerprint "), "{report}");
+    assert!(report.contains("cause: the tokens of `dataset`: 80 rows of digest "), "{report}");
+}
+
+/// The loss is finite, its gradient is not: nothing is updated or saved.
+#[test]
+fn a_gradient_that_is_no_number() {
+    let case = Case::new();
+    let script = "let run = host::open();
+for step in run.steps() {
+    for batch in step.batches() {
+        let loss = run.model.loss(batch);
+        let nothing = loss.sum - loss.sum.detach();
+        step.backward(loss.sum + nothing * 1e30 * 1e30, loss.weight);
+    }
+    step.finish();
+}
+";
+    case.write("steep.rhai", script);
+    assert_snapshot!(fails(&case, "steep.rhai", &["--nproc", "2", "save_every_n_steps=1"]), @"
+    exit 1
+    error: the gradient norm of step 1 is NaN
+    hint: lower `optimizer.lr`, or train in `dtype: fp32`; the newest checkpoint is untouched
+    ");
+    assert_eq!(case.log("out"), [0.0; 0]);
+}
+
+/// What one rank opened differs from what rank 0 did, as on a machine with another copy of things.
+#[test]
+fn ranks_that_open_different_things() {
+    let (case, other) = (Case::new(), Case::new());
+    let both = |first: &[&str], second: &[&str]| {
+        let port = free_port();
+        let ranks = [case.join(0, port, first), other.join(1, port, second)];
+        let ended = ranks.map(|mut command| Running::start(&mut command)).map(Running::wait);
+        for case in [&case, &other] {
+            assert_eq!(case.checkpoints("out"), [""; 0]);
+        }
+        ended.map(|ended| ended.report()).join("\n\n")
+    };
+    assert_snapshot!(both(&[], &["optimizer.lr=2e-2", "epochs=2"]), @"
+    exit 1
+    error: stopped because rank 1 opened something else than rank 0 (rank 0)
+
+    exit 2
+    error: rank 1 opened something else than rank 0 (rank 1)
+    cause: `epochs`: not set on rank 0, 2 here
+    cause: `optimizer.lr`: 0.01 on rank 0, 0.02 here
+    hint: start every rank with the same config and overrides, over the same files, with the same build of `host`
+    ");
+
+    other.edit("data/train.jsonl", "The small parser", "The large parser");
+    let report = both(&[], &[]);
+    assert!(report.contains("\ncause: the tokens of `dataset`: 80 rows of digest "), "{report}");
+    assert_eq!(report.matches("cause: ").count(), 1, "{report}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Runs that end well: the same losses however they are started, whole checkpoints, and text from them.
 
-use std::net::TcpListener;
+use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use host::tokenizer::Tokenizer;
 use host_rank::{generate, script};
 use serde_json::Value;
 
-use crate::case::{Case, Ended, RHAI, RHAI_TEMPLATE, Running, STEPS, WASM};
+use crate::case::{Case, Ended, RHAI, RHAI_TEMPLATE, Running, STEPS, WASM, free_port};
 
 const TWO_RANKS: &[&str] = &["--nproc", "2", "gradient_accumulation_steps=2"];
 
@@ -65,21 +65,21 @@ fn guests_are_compiled_once() {
 fn ranks_that_somebody_else_starts_train_together() {
     let case = Case::new();
     let launched = case.losses(WASM, "launched", TWO_RANKS);
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let start = |rank: &str| {
-        let mut command = case.run(WASM, &["gradient_accumulation_steps=2", "output_dir=joined"]);
-        command.env("RANK", rank).env("LOCAL_RANK", rank).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
-        command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
-        // As the launcher shares the cores among its workers.
-        let cores = std::thread::available_parallelism().unwrap().get();
-        command.env("OMP_NUM_THREADS", (cores / 2).max(1).to_string());
-        Running::start(&mut command)
-    };
-    for ended in [start("0"), start("1")].map(Running::wait) {
+    let port = free_port();
+    let ranks = [0, 1].map(|rank| Running::start(&mut case.join(rank, port, &["output_dir=joined"])));
+    for ended in ranks.map(Running::wait) {
         assert_eq!(ended.code, 0, "{}", ended.stderr);
     }
     assert_close(&case.log("joined"), &launched);
     assert_eq!(case.checkpoints("joined"), ["epoch_0"]);
+
+    // Each of them draws a seed, and one is taken.
+    let port = free_port();
+    let seedless = ["~seed", "output_dir=seedless"];
+    let ranks = [0, 1].map(|rank| Running::start(&mut case.join(rank, port, &seedless)));
+    for ended in ranks.map(Running::wait) {
+        assert_eq!(ended.code, 0, "{}", ended.stderr);
+    }
 }
 
 #[test]
@@ -95,11 +95,7 @@ fn a_checkpoint_is_whole_and_generates_the_same_merged_or_not() {
         check_files(&case, checkpoint);
     }
 
-    let generate = |arguments: &[&str]| {
-        let ended = Ended::of(&mut case.host(&[&["run", "generate", "--config", "generate.yaml"], arguments].concat()));
-        assert_eq!(ended.code, 0, "{}", ended.stderr);
-        ended.stdout
-    };
+    let generate = |arguments: &[&str]| generate_text(&case, arguments);
     let base = generate(&[]);
     let adapted = generate(&["adapter_dir=out/epoch_1/adapter"]);
     let merged = generate(&["checkpointer.checkpoint_dir=out/epoch_1"]);
@@ -107,6 +103,38 @@ fn a_checkpoint_is_whole_and_generates_the_same_merged_or_not() {
     assert_ne!(adapted, base, "the adapter changes nothing");
     assert_eq!(generate(&["adapter_dir=out/epoch_1/adapter", "enable_kv_cache=False"]), adapted);
     assert!(adapted.trim().len() > 10, "{adapted:?}");
+}
+
+#[track_caller]
+fn generate_text(case: &Case, arguments: &[&str]) -> String {
+    let ended = Ended::of(&mut case.host(&[&["run", "generate", "--config", "generate.yaml"], arguments].concat()));
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    ended.stdout
+}
+
+/// A model whose output layer is its embedding: no `lm_head` in its files, none in what is saved, the same text from both.
+#[test]
+fn a_tied_head_trains_saves_and_generates() {
+    let case = Case::new();
+    case.edit("model/config.json", r#""tie_word_embeddings": false"#, r#""tie_word_embeddings": true"#);
+    let mut index: Value = serde_json::from_slice(&case.contents("model")["model.safetensors.index.json"]).unwrap();
+    let file = index["weight_map"].as_object_mut().unwrap().remove("lm_head.weight").unwrap();
+    case.write("model/model.safetensors.index.json", index.to_string());
+    let file = format!("model/{}", file.as_str().unwrap());
+    let bytes = std::fs::read(case.path(&file)).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let kept: Vec<_> = tensors.iter().filter(|(name, _)| *name != "lm_head.weight").collect();
+    assert_eq!(kept.len() + 1, tensors.len());
+    case.write(&file, safetensors::serialize(kept, None).unwrap());
+
+    let losses = case.losses(WASM, "out", &[]);
+    assert!(losses[STEPS - 1] < 0.9 * losses[0], "nothing was learnt: {losses:?}");
+    let saved: Value = serde_json::from_slice(&case.contents("out/epoch_0")["model.safetensors.index.json"]).unwrap();
+    let names = |index: &Value| index["weight_map"].as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
+    assert_eq!(names(&saved), names(&index));
+    let merged = generate_text(&case, &["checkpointer.checkpoint_dir=out/epoch_0"]);
+    assert_eq!(generate_text(&case, &["adapter_dir=out/epoch_0/adapter"]), merged);
+    assert_ne!(generate_text(&case, &[]), merged, "the adapter changes nothing");
 }
 
 fn check_files(case: &Case, checkpoint: &str) {
@@ -161,7 +189,7 @@ fn check_files(case: &Case, checkpoint: &str) {
     assert_eq!((&adapter["r"], &adapter["peft_type"]), (&8.into(), &"LORA".into()));
     let (run, resume) = (json(&files, "run.json"), json(&files, "resume.json"));
     assert_eq!((&run["world_size"], &run["samples_per_step"]), (&2.into(), &8.into()));
-    assert_eq!(run["data_digest"], resume["data_digest"]);
+    assert_eq!(run["data_digest"], resume["identity"]["data_digest"]);
     assert_eq!(resume["step"], if checkpoint.ends_with("step_4") { 4 } else { 20 });
     let resolved: Value = serde_yaml::from_slice(&files["config_resolved.yaml"]).unwrap();
     assert_eq!(resolved["gradient_accumulation_steps"], 2);
@@ -226,4 +254,33 @@ fn doctor_finds_this_machine_usable() {
     let json: Value = serde_json::from_str(&json.stdout).unwrap();
     assert_eq!(json["usable"], true);
     assert!(json["facts"]["probe"]["libtorch_version"].as_str().unwrap().starts_with("2.11."), "{json}");
+}
+
+/// A resumed run may have another learning rate and length; one that is complete says so, and what killed saves have left
+/// goes at the next start.
+#[test]
+fn a_run_goes_on_with_other_settings_until_it_is_complete() {
+    let case = Case::new();
+    case.losses(WASM, "out", &["save_every_n_steps=4"]);
+    let resume = |arguments: &[&str]| {
+        let ended = Ended::of(&mut case.run(WASM, &[&["resume_from_checkpoint=True"], arguments].concat()));
+        assert_eq!(ended.code, 0, "{}", ended.stderr);
+        ended.stderr
+    };
+    let said = resume(&[]);
+    assert!(said.contains("nothing to do: `out/epoch_0` is complete (10 of 10 steps)"), "{said}");
+    assert_eq!(case.log("out").len(), STEPS);
+
+    case.write("out/.step_12.partial/file", "");
+    case.write("out/step_8.old/resume.json", "");
+    let changes =
+        ["epochs=2", "max_steps_per_epoch=5", "optimizer.lr=1e-3", "batch_size=1", "gradient_accumulation_steps=4"];
+    let said = resume(&changes);
+    assert!(said.contains("resuming from `out/epoch_0` after step 10 of 10, seed 42"), "{said}");
+    assert!(
+        said.contains("`gradient_accumulation_steps` is 8, not 4: a step keeps the checkpoint's 8 samples"),
+        "{said}"
+    );
+    assert_eq!(case.log("out").len(), STEPS + 5);
+    assert_eq!(case.checkpoints("out"), ["epoch_0", "epoch_1", "step_4", "step_8"]);
 }

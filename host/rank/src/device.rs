@@ -32,6 +32,14 @@ pub fn open(plan: DevicePlan, local_rank: usize, libtorch_lib: &Path) -> Result<
     }
 }
 
+/// A device as PyTorch writes it.
+pub fn name(device: Device) -> String {
+    match device {
+        Device::Cuda(index) => format!("cuda:{index}"),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
 /// What `host doctor` asks a worker.
 pub fn probe(libtorch_lib: &Path) -> Result<Probe> {
     let backend = host_ffi::backend::load_accelerator(libtorch_lib).torch("load the GPU half of libtorch")?;

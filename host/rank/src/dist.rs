@@ -48,18 +48,32 @@ impl Group {
         self.rank == 0
     }
 
-    /// Whether the work that some ranks did failed on one of them; returns when every rank has called it.
-    pub fn any_failed<T>(&self, outcome: &Option<Result<T>>) -> Result<bool> {
-        let failed = Tensor::from(f32::from(u8::from(matches!(outcome, Some(Err(_)))))).view([1]);
-        self.all_reduce_sum(&failed)?;
-        Ok(failed.double_value(&[0]) > 0.0)
+    /// The bytes that rank 0 gives, on every rank.
+    pub fn from_main(&self, bytes: &[u8]) -> Result<Vec<u8>> {
+        let broadcast =
+            |tensor: &Tensor| self.inner.broadcast(tensor, 0).map_err(|error| lost_peer("a broadcast failed", error));
+        let length = Tensor::from_slice(&[bytes.len() as i64]);
+        broadcast(&length)?;
+        let content = if self.is_main() {
+            Tensor::from_slice(bytes)
+        } else {
+            Tensor::zeros([length.int64_value(&[0])], (tch::Kind::Uint8, tch::Device::Cpu))
+        };
+        broadcast(&content)?;
+        Vec::try_from(content).torch("read what rank 0 sent")
     }
 
-    /// Runs `work` on rank 0 while the others wait. If it fails there, every rank fails: the one with the error, the
-    /// others saying for whom they stopped.
-    pub fn on_main<T>(&self, doing: &str, work: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
-        let outcome = if self.is_main() { Some(work()) } else { None };
-        let failed = self.any_failed(&outcome)?;
+    /// The ranks that answer `true`; every rank has to ask.
+    pub fn which(&self, answer: bool) -> Result<Vec<usize>> {
+        let answers = self.inner.all_gather(&Tensor::from_slice(&[i64::from(answer)]));
+        let answers = answers.map_err(|error| lost_peer("an all-gather failed", error))?;
+        Ok((0..self.world_size).filter(|rank| answers.int64_value(&[*rank as i64, 0]) != 0).collect())
+    }
+
+    /// Waits for what rank 0 did alone; `outcome` is given there and nowhere else. If it failed, every rank fails: rank 0
+    /// with the error, the others saying for whom they stopped.
+    pub fn after_main<T>(&self, doing: &str, outcome: Option<Result<T>>) -> Result<Option<T>> {
+        let failed = !self.which(matches!(outcome, Some(Err(_))))?.is_empty();
         match outcome {
             Some(result) => result.map(Some),
             None if failed => Err(stopped(format!("rank 0 could not {doing}"))),

@@ -1,6 +1,6 @@
 //! `host-rank`: one rank of a run. Started by `host run`, not by hand.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -42,21 +42,26 @@ fn main() -> ExitCode {
 }
 
 fn fail(error: &Error) -> ExitCode {
-    eprintln!("{error}");
+    // There is nowhere left to say that stderr is closed.
+    let _ = writeln!(std::io::stderr(), "{error}");
     ExitCode::from(error.exit_code())
 }
 
 fn probe(env: &WorkerEnv) -> Result<()> {
     let probe = host_rank::device::probe(&env.libtorch_lib)?;
-    println!("{}", serde_json::to_string(&probe).map_err(|error| Error::bug(error.to_string()))?);
-    Ok(())
+    let text = serde_json::to_string(&probe)
+        .map_err(|error| Error::bug("the probe is not JSON").cause(error).hint(Error::REPORT))?;
+    writeln!(std::io::stdout(), "{text}").map_err(|error| Error::run("cannot write to standard output").cause(error))
 }
 
 fn start(plan: &Path, env: &WorkerEnv) -> Result<()> {
     let stop = worker::install_signals()?;
+    const HINT: &str = "`host run` writes the plan for its workers: start it instead, with the `host` of this build";
     let text = std::fs::read_to_string(plan)
-        .map_err(|error| Error::bug(format!("cannot read the plan `{}`", plan.display())).cause(error))?;
-    let plan: Plan = serde_json::from_str(&text).map_err(|error| Error::bug("the plan cannot be read").cause(error))?;
+        .map_err(|error| Error::run(format!("cannot read the plan `{}`", plan.display())).cause(error).hint(HINT))?;
+    let plan: Plan = serde_json::from_str(&text).map_err(|error| {
+        Error::run(format!("the plan `{}` is not one of this version", plan.display())).cause(error).hint(HINT)
+    })?;
     // Guests recurse on their own stack budget; libtorch wants a deep one too.
     script::on_big_stack(|| match plan {
         Plan::Train(plan) => train(*plan, env, stop),
@@ -107,6 +112,8 @@ fn logging(level: &str, env: &WorkerEnv) {
         .without_time()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
+        // It would panic where stderr is closed.
+        .log_internal_errors(false)
         .init();
     tracing::debug!("rank {} of {}", env.rank, env.world_size);
 }

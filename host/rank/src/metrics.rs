@@ -1,13 +1,13 @@
 //! What a run tells about its steps: torchtune's keys, plus speeds and memory that can be compared. Rank 0 writes.
 
 use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use host::Result;
 use host::config::plan::{DiskFormat, MetricSink, MetricsPlan};
 use host::error::IoContext;
+use host::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
 
@@ -20,32 +20,37 @@ impl StepMetrics {
         self.0.push((key, value));
     }
 
+    /// torchtune's line, its blank at the end included.
     fn text(&self, step: usize) -> String {
-        let pairs: Vec<String> = self.0.iter().map(|(key, value)| format!("{key}:{value}")).collect();
-        format!("Step {step} | {}", pairs.join(" "))
+        let pairs: String = self.0.iter().map(|(key, value)| format!("{key}:{value} ")).collect();
+        format!("Step {step} | {pairs}\n")
     }
 
     fn json(&self, step: usize) -> String {
         let mut map = Map::from_iter([("step".to_owned(), Value::from(step))]);
         map.extend(self.0.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))));
-        Value::Object(map).to_string()
+        format!("{}\n", Value::Object(map))
     }
 }
 
 /// Where the figures go.
-pub struct Recorder {
-    sink: Sink,
-}
+pub struct Recorder(Sink);
 
 enum Sink {
     Stdout,
-    Disk { file: File, path: PathBuf, format: DiskFormat },
+    /// Standard output, once its reader has gone.
+    Nowhere,
+    Disk {
+        file: File,
+        path: PathBuf,
+        format: DiskFormat,
+    },
 }
 
 impl Recorder {
     pub fn open(plan: &MetricsPlan) -> Result<Self> {
         let MetricSink::Disk { log_dir, format, filename } = &plan.sink else {
-            return Ok(Self { sink: Sink::Stdout });
+            return Ok(Self(Sink::Stdout));
         };
         std::fs::create_dir_all(log_dir).path_context("create", log_dir)?;
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -54,18 +59,24 @@ impl Recorder {
         // Appending: a resumed run that names its file goes on in it.
         let file = File::options().create(true).append(true).open(&path).path_context("create", &path)?;
         tracing::info!("Writing logs to {}", path.display());
-        Ok(Self { sink: Sink::Disk { file, path, format: *format } })
+        Ok(Self(Sink::Disk { file, path, format: *format }))
     }
 
+    /// Writes a line. A reader that leaves (`host run … | head`) ends the lines, not the run.
     pub fn record(&mut self, step: usize, metrics: &StepMetrics) -> Result<()> {
-        match &mut self.sink {
-            Sink::Stdout => {
-                println!("{}", metrics.text(step));
-                Ok(())
-            }
+        match &mut self.0 {
+            Sink::Nowhere => Ok(()),
+            Sink::Stdout => match std::io::stdout().lock().write_all(metrics.text(step).as_bytes()) {
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+                    self.0 = Sink::Nowhere;
+                    tracing::warn!("nobody reads standard output any more: training goes on without its lines");
+                    Ok(())
+                }
+                written => written.map_err(|error| Error::run("cannot write to standard output").cause(error)),
+            },
             Sink::Disk { file, path, format } => {
                 let line = if *format == DiskFormat::Jsonl { metrics.json(step) } else { metrics.text(step) };
-                writeln!(file, "{line}").path_context("write", path.as_path())
+                file.write_all(line.as_bytes()).path_context("write", path.as_path())
             }
         }
     }
@@ -93,19 +104,27 @@ impl Progress {
         self.bar.inc(1);
         if self.plain {
             let (position, length) = (self.bar.position(), self.bar.length().unwrap_or_default());
-            eprintln!("{message} {position}/{length} [{:.2}s/it]", took.as_secs_f64());
+            talk(&format!("{message} {position}/{length} [{:.2}s/it]", took.as_secs_f64()));
         }
         self.bar.set_message(message);
-    }
-
-    /// Prints `line` above the bar.
-    pub fn say(&self, line: &str) {
-        if self.plain { eprintln!("{line}") } else { self.bar.println(line) }
     }
 
     pub fn finish(&self) {
         self.bar.finish();
     }
+}
+
+/// Prints `line`, above the bar where there is one.
+pub fn say(progress: Option<&Progress>, line: &str) {
+    match progress {
+        Some(Progress { bar, plain: false }) => bar.println(line),
+        _ => talk(line),
+    }
+}
+
+fn talk(line: &str) {
+    // There is nowhere left to say that stderr is closed.
+    let _ = std::io::stderr().lock().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Most memory this process has held, in MiB.
@@ -114,4 +133,21 @@ pub fn peak_rss_mb() -> f64 {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kib = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<f64>().ok());
     kib.unwrap_or(0.0) / 1024.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// torchtune 0.6.1: `msg = f"Step {step} | "`, then `msg += f"{name}:{data} "` for each.
+    #[test]
+    fn a_line_of_text_is_torchtunes() {
+        let mut metrics = StepMetrics::default();
+        for (key, value) in [("loss", 2.25), ("lr", 0.0003), ("tokens_per_second_per_gpu", 512.0)] {
+            metrics.push(key, value);
+        }
+        assert_eq!(metrics.text(3), "Step 3 | loss:2.25 lr:0.0003 tokens_per_second_per_gpu:512 \n");
+        let json = "{\"step\":3,\"loss\":2.25,\"lr\":0.0003,\"tokens_per_second_per_gpu\":512.0}\n";
+        assert_eq!(metrics.json(3), json);
+    }
 }

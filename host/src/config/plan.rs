@@ -248,6 +248,16 @@ pub enum Dtype {
     Fp32,
 }
 
+/// As the config writes it.
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Bf16 => "bf16",
+            Self::Fp32 => "fp32",
+        })
+    }
+}
+
 /// What a guest may use; the same policy for Wasm and Rhai.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GuestLimits {

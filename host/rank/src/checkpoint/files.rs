@@ -14,7 +14,9 @@ use tch::{Kind, Tensor};
 
 /// Writes `value` as indented JSON.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(value).map_err(|error| Error::bug(error.to_string()))?;
+    let mut text = serde_json::to_string_pretty(value).map_err(|error| {
+        Error::bug(format!("cannot write `{}` as JSON", path.display())).cause(error).hint(Error::REPORT)
+    })?;
     text.push('\n');
     write_bytes(path, text.as_bytes())
 }
@@ -86,6 +88,6 @@ pub fn dtype(kind: Kind) -> Result<Dtype> {
         Kind::Float => Ok(Dtype::F32),
         Kind::BFloat16 => Ok(Dtype::BF16),
         Kind::Half => Ok(Dtype::F16),
-        other => Err(Error::bug(format!("no file format for tensors of kind {other:?}"))),
+        other => Err(Error::bug(format!("no file format for tensors of kind {other:?}")).hint(Error::REPORT)),
     }
 }

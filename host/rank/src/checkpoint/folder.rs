@@ -9,7 +9,7 @@ use host::error::IoContext;
 use tch::Kind;
 
 use crate::adapter::{LoraAdapter, peft};
-use crate::checkpoint::resume::{ResumeState, existing};
+use crate::checkpoint::resume::{self, ResumeState, existing};
 use crate::checkpoint::{files, merged};
 use crate::model::Weights;
 
@@ -19,7 +19,7 @@ const MAX_COPIED_BYTES: u64 = 100 * 1024 * 1024;
 /// The adapter's folder in a checkpoint.
 pub const ADAPTER_DIR: &str = "adapter";
 
-/// Writes and prunes the checkpoints of one run. Used on rank 0 alone.
+/// Writes and prunes the checkpoints of one run. Rank 0 has one.
 pub struct Saver {
     plan: CheckpointPlan,
     checkpoint_dir: PathBuf,
@@ -136,6 +136,34 @@ impl Saver {
     }
 }
 
+/// Removes what saves that were killed have left in `output_dir`: unfinished folders, and old versions whose name a new
+/// one has taken. Nothing else is touched.
+pub fn sweep(output_dir: &Path) {
+    let Ok(entries) = fs::read_dir(output_dir) else { return };
+    for entry in entries.flatten() {
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_folder && entry.file_name().to_str().is_some_and(|name| is_leftover(output_dir, name)) {
+            match fs::remove_dir_all(entry.path()) {
+                Ok(()) => tracing::info!("removed `{}`, which a save that was killed had left", entry.path().display()),
+                Err(error) => tracing::warn!("cannot remove the leftover `{}`: {error}", entry.path().display()),
+            }
+        }
+    }
+}
+
+fn is_leftover(output_dir: &Path, name: &str) -> bool {
+    let is_checkpoint = |name: &str| {
+        let number = name.strip_prefix("step_").or(name.strip_prefix("epoch_"));
+        number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    if let Some(unfinished) = name.strip_prefix('.').and_then(|name| name.strip_suffix(".partial")) {
+        return is_checkpoint(unfinished.strip_suffix(".old").unwrap_or(unfinished));
+    }
+    // Without a new version beside it, the old one is the only whole one.
+    let has_new = |name: &str| output_dir.join(name).join(resume::STATE).is_file();
+    name.strip_suffix(".old").is_some_and(|name| is_checkpoint(name) && has_new(name))
+}
+
 /// Removes a checkpoint under a name that no reader takes for whole. That it fails, or that somebody was faster, is no
 /// reason to end a run whose new checkpoint is safe.
 fn remove_old(folder: &Path) {
@@ -171,4 +199,84 @@ fn publish(partial: &Path, target: &Path) -> Result<()> {
         fs::remove_dir_all(&aside).path_context("remove", &aside)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// Makes folders, each with a file in it; a name that ends in `!` is a whole checkpoint.
+    fn make(dir: &Path, folders: &[&str]) {
+        for name in folders {
+            let folder = dir.join(name.trim_end_matches('!'));
+            fs::create_dir(&folder).unwrap();
+            fs::write(folder.join(if name.ends_with('!') { resume::STATE } else { "file" }), "{}").unwrap();
+        }
+    }
+
+    #[test]
+    fn leftovers_are_swept_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let leftovers = [".step_4.partial", ".epoch_0.partial", ".step_2.old.partial", "step_8.old!", "epoch_1.old!"];
+        let kept = ["step_8!", "epoch_1!", "step_9.old!", "step_7.old!", "step_7", "logs"];
+        let theirs =
+            [".step_x.partial", "step_4.partial", ".mine.partial", ".step_.partial", "best.old", ".cache.partial"];
+        make(dir.path(), &[&leftovers[..], &kept, &theirs].concat());
+        // Neither a file nor a link of such a name is ours.
+        fs::write(dir.path().join(".step_5.partial"), "").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("logs"), dir.path().join(".step_6.partial")).unwrap();
+        let mut expected: Vec<_> =
+            kept.iter().chain(&theirs).map(|name| name.trim_end_matches('!').to_owned()).collect();
+        expected.extend([".step_5.partial".to_owned(), ".step_6.partial".to_owned()]);
+        expected.sort();
+        sweep(dir.path());
+        assert_eq!(names(dir.path()), expected);
+        assert_eq!(names(&dir.path().join("logs")), ["file"]);
+        sweep(&dir.path().join("absent"));
+    }
+
+    #[test]
+    fn a_new_version_takes_the_place_of_the_old() {
+        let dir = tempfile::tempdir().unwrap();
+        let (partial, target) = (dir.path().join(".step_1.partial"), dir.path().join("step_1"));
+        for content in ["first", "second"] {
+            // What a save that was killed between its two renames has left.
+            make(dir.path(), &["step_1.old"]);
+            fs::create_dir(&partial).unwrap();
+            fs::write(partial.join("file"), content).unwrap();
+            publish(&partial, &target).unwrap();
+            assert_eq!(fs::read_to_string(target.join("file")).unwrap(), content);
+            let old = target.with_file_name("step_1.old");
+            assert_eq!(old.exists(), content == "first", "only a version with a successor may go");
+            let _ = fs::remove_dir_all(old);
+        }
+    }
+
+    #[test]
+    fn pruning_does_not_mind_a_folder_that_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        make(dir.path(), &["step_2!", "step_3!", "step_4!"]);
+        let plan = CheckpointPlan {
+            output_dir: dir.path().into(),
+            save_every_n_steps: None,
+            keep_last_n: Some(1),
+            adapter_only: true,
+            resume: false,
+            resume_from: None,
+        };
+        let model =
+            ModelPlan { checkpoint_dir: dir.path().into(), checkpoint_files: vec![], lora: None, adapter_dir: None };
+        let mut saver = Saver::new(&plan, &model, Kind::Float, serde_json::Value::Null, "").unwrap();
+        saver.written = (1..5).map(|step| dir.path().join(format!("step_{step}"))).collect();
+        saver.prune();
+        assert_eq!(names(dir.path()), ["step_4"]);
+        assert_eq!(saver.written, [dir.path().join("step_4")]);
+    }
 }

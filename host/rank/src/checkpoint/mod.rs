@@ -7,4 +7,4 @@ pub mod merged;
 pub mod resume;
 
 pub use folder::Saver;
-pub use resume::{Position, ResumeState};
+pub use resume::{Identity, Position, ResumeState};

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use host::config::plan::{Dtype, LoraPlan};
 use host::error::IoContext;
 use host::hf::WeightIndex;
 use host::{Error, Result};
@@ -11,10 +12,71 @@ use tch::{Device, Tensor};
 use crate::checkpoint::files;
 use crate::model::Weights;
 
-const STATE: &str = "resume.json";
+pub(super) const STATE: &str = "resume.json";
 const TENSORS: &str = "resume.safetensors";
 
-/// Where a run is: everything a resumed run must agree with.
+/// What a run has in common with the checkpoint it goes on from: the model, the rows and their order, the types of its
+/// numbers. Optimizer, schedule, epochs, limits, layout and rank count are not here: they may change on the way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Identity {
+    /// [`Weights::fingerprint`] of the base.
+    pub base_model: String,
+    pub lora: LoraPlan,
+    /// Trainable parameters.
+    pub num_parameters: i64,
+    pub dtype: Dtype,
+    pub compat_torchtune: bool,
+    pub shuffle: bool,
+    /// Rows of the training set, and the digest of their tokens.
+    pub num_rows: usize,
+    pub data_digest: String,
+}
+
+impl Identity {
+    /// Every part by the config's name for it, as a person reads it.
+    pub fn parts(&self) -> [(&'static str, String); 10] {
+        // Without `..`, so that a new part has to be thought of here.
+        let Self { base_model, lora, num_parameters, dtype, compat_torchtune, shuffle, num_rows, data_digest } = self;
+        let LoraPlan { rank, alpha, dropout, targets } = lora;
+        let mut targets: Vec<_> = targets.iter().map(String::as_str).collect();
+        targets.sort_unstable();
+        let short = |digest: &str| digest.chars().take(16).collect::<String>();
+        let yaml = |flag: &bool| if *flag { "True" } else { "False" }.to_owned();
+        [
+            ("the model in `checkpointer.checkpoint_dir`", format!("of fingerprint {}", short(base_model))),
+            ("`model.lora_rank`", rank.to_string()),
+            ("`model.lora_alpha`", alpha.to_string()),
+            ("`model.lora_dropout`", dropout.to_string()),
+            (
+                "the layers with adapters (`model.lora_attn_modules`, `apply_lora_to_mlp`, `_output`)",
+                targets.join(", "),
+            ),
+            ("the number of trainable parameters", num_parameters.to_string()),
+            ("`dtype`", dtype.to_string()),
+            ("`compat`", if *compat_torchtune { "torchtune" } else { "null" }.to_owned()),
+            ("`shuffle`", yaml(shuffle)),
+            ("the tokens of `dataset`", format!("{num_rows} rows of digest {}", short(data_digest))),
+        ]
+    }
+
+    /// Checks that a run of identity `now` may go on from the checkpoint `dir`, which has this one.
+    pub fn check(&self, now: &Identity, dir: &Path) -> Result<()> {
+        let pairs = self.parts().into_iter().zip(now.parts());
+        let differing: Vec<_> = pairs.filter(|((_, then), (_, now))| then != now).collect();
+        if differing.is_empty() {
+            return Ok(());
+        }
+        let error = Error::config(format!("the checkpoint `{}` is of another run", dir.display()));
+        Err(differing
+            .into_iter()
+            .map(|((name, then), (_, now))| format!("{name}: {then} in the checkpoint, {now} in this run"))
+            .fold(error, Error::cause)
+            .hint(format!("`{}/config_resolved.yaml` is the config to resume it with", dir.display()))
+            .hint("or start a new run: leave `resume_from_checkpoint` out and take another `output_dir`"))
+    }
+}
+
+/// Where a run is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Position {
     /// Optimizer steps done.
@@ -25,11 +87,7 @@ pub struct Position {
     pub seed: u64,
     /// batch_size × accumulation × ranks: which samples form a step.
     pub samples_per_step: usize,
-    /// Rows of the training set, and the digest of what made them tokens.
-    pub num_rows: usize,
-    pub data_digest: String,
-    /// Trainable parameters, and what they are.
-    pub num_parameters: i64,
+    pub identity: Identity,
     pub host_version: String,
     /// When it was written, in nanoseconds of Unix time: a folder may hold an older run that went further.
     pub saved_at: u128,
@@ -61,10 +119,14 @@ impl ResumeState {
                 .cause(format!("`{STATE}`: {error}"))
                 .hint("name a checkpoint folder that a run wrote, or set `resume_from_checkpoint: False`")
         })?;
-        let position: Position = serde_json::from_str(&text)
-            .map_err(|error| Error::config("the resume state cannot be read").at_file(&path).cause(error))?;
+        let position: Position = serde_json::from_str(&text).map_err(|error| {
+            Error::config(format!("the resume state of `{}` cannot be read", dir.display()))
+                .at_file(&path)
+                .cause(error)
+                .hint("it is damaged or of another version of `host`; name another checkpoint with `resume_from`")
+        })?;
         let weights = Weights::open(WeightIndex::open(dir, &[TENSORS.to_owned()])?)?;
-        let shape = [position.num_parameters];
+        let shape = [position.identity.num_parameters];
         let load = |name: &str| {
             let kind = match weights.index.get(name)?.dtype {
                 safetensors::Dtype::BF16 => tch::Kind::BFloat16,
@@ -108,4 +170,103 @@ pub fn existing(output_dir: &Path) -> Result<Vec<PathBuf>> {
     }
     found.sort();
     Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn position(saved_at: u128) -> Position {
+        let lora = LoraPlan { rank: 8, alpha: 16.0, dropout: 0.0, targets: vec!["q_proj".into(), "v_proj".into()] };
+        let identity = Identity {
+            base_model: "0123456789abcdef-and-more".into(),
+            lora,
+            num_parameters: 100,
+            dtype: Dtype::Bf16,
+            compat_torchtune: false,
+            shuffle: true,
+            num_rows: 80,
+            data_digest: "fedcba9876543210-and-more".into(),
+        };
+        let host_version = "0.1.0".into();
+        Position {
+            step: 1,
+            epoch: 0,
+            step_in_epoch: 1,
+            seed: 42,
+            samples_per_step: 8,
+            identity,
+            host_version,
+            saved_at,
+        }
+    }
+
+    fn save(output_dir: &Path, name: &str, saved_at: u128) {
+        std::fs::create_dir_all(output_dir.join(name)).unwrap();
+        files::write_json(&output_dir.join(name).join(STATE), &position(saved_at)).unwrap();
+    }
+
+    #[test]
+    fn the_newest_checkpoint_is_the_one_saved_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let newest = || newest(dir.path()).unwrap().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned());
+        assert_eq!(newest(), None);
+        save(dir.path(), "step_9", 1_000);
+        save(dir.path(), "step_10", 3_000);
+        save(dir.path(), "epoch_0", 2_000);
+        assert_eq!(newest().unwrap(), "step_10");
+        // A new run in the folder of one that went further.
+        save(dir.path(), "step_3", 4_000);
+        assert_eq!(newest().unwrap(), "step_3");
+        // What is no whole checkpoint of ours is passed over.
+        save(dir.path(), ".step_4.partial", 5_000);
+        save(dir.path(), "logs", 5_000);
+        std::fs::create_dir(dir.path().join("step_99")).unwrap();
+        assert_eq!(newest().unwrap(), "step_3");
+    }
+
+    #[test]
+    fn an_old_version_counts_while_it_is_the_only_one() {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), "step_1", 1);
+        save(dir.path(), "step_2.old", 2);
+        assert!(newest(dir.path()).unwrap().unwrap().ends_with("step_2.old"));
+        save(dir.path(), "step_2", 3);
+        let names: Vec<_> = existing(dir.path()).unwrap();
+        assert_eq!(names, [dir.path().join("step_1"), dir.path().join("step_2")]);
+    }
+
+    #[test]
+    fn another_run_is_told_by_every_part_that_differs() {
+        let then = position(0).identity;
+        let check = |change: &dyn Fn(&mut Identity)| {
+            let mut now = then.clone();
+            change(&mut now);
+            then.check(&now, Path::new("out/step_1")).map_err(|error| error.causes)
+        };
+        check(&|_| {}).unwrap();
+        // In whatever order the config names them.
+        check(&|now| now.lora.targets.reverse()).unwrap();
+        let changes: [(&dyn Fn(&mut Identity), &str); 9] = [
+            (&|now| now.base_model.insert(0, '1'), "of fingerprint 1012345678"),
+            (&|now| now.lora.rank = 4, "`model.lora_rank`: 8 in the checkpoint, 4 in this run"),
+            (&|now| now.lora.alpha = 4.5, "`model.lora_alpha`: 16 in the checkpoint, 4.5 in this run"),
+            (&|now| now.lora.dropout = 0.05, "`model.lora_dropout`: 0 in the checkpoint, 0.05 in this run"),
+            (&|now| now.lora.targets.truncate(1), "q_proj, v_proj in the checkpoint, q_proj in this run"),
+            (&|now| now.dtype = Dtype::Fp32, "`dtype`: bf16 in the checkpoint, fp32 in this run"),
+            (&|now| now.compat_torchtune = true, "`compat`: null in the checkpoint, torchtune in this run"),
+            (&|now| now.shuffle = false, "`shuffle`: True in the checkpoint, False in this run"),
+            (&|now| now.num_rows = 64, "the tokens of `dataset`: 80 rows"),
+        ];
+        for (change, expected) in changes {
+            let causes = check(change).unwrap_err();
+            assert_eq!(causes.len(), 1, "{causes:?}");
+            assert!(causes[0].contains(expected), "{causes:?}");
+        }
+        let both = check(&|now| {
+            now.shuffle = false;
+            now.lora.rank = 4;
+        });
+        assert_eq!(both.unwrap_err().len(), 2);
+    }
 }

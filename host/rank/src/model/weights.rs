@@ -30,6 +30,18 @@ impl Weights {
         self.index.tensors.iter().try_for_each(|(name, entry)| self.kind(name, entry).map(drop))
     }
 
+    /// Tells models apart without reading all of them: a digest of every tensor's name, type, shape and first bytes.
+    pub fn fingerprint(&self) -> String {
+        const FIRST_BYTES: usize = 4096;
+        let mut hasher = blake3::Hasher::new();
+        for (name, entry) in &self.index.tensors {
+            let bytes = &self.files[entry.file][entry.start..entry.end];
+            hasher.update(format!("{name} {:?} {:?} ", entry.dtype, entry.shape).as_bytes());
+            hasher.update(&bytes[..bytes.len().min(FIRST_BYTES)]);
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
     fn kind(&self, name: &str, entry: &TensorEntry) -> Result<Kind> {
         match entry.dtype {
             Dtype::BF16 => Ok(Kind::BFloat16),
@@ -62,5 +74,50 @@ impl Weights {
         let bytes = &self.files[entry.file][entry.start..entry.end];
         let tensor = mmap::tensor_from_bytes(source, &shape, bytes, kind).torch(format!("read `{name}`"))?;
         Ok(tensor.to_device(device))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use safetensors::tensor::TensorView;
+
+    use super::*;
+
+    fn open(dtype: Dtype, bytes: &[u8]) -> Weights {
+        let dir = tempfile::tempdir().unwrap();
+        let view = TensorView::new(dtype, vec![2], bytes).unwrap();
+        safetensors::serialize_to_file([("a.weight", view)], None, &dir.path().join("model.safetensors")).unwrap();
+        // Mapped: it stays readable when the folder is gone.
+        Weights::open(WeightIndex::open(dir.path(), &[]).unwrap()).unwrap()
+    }
+
+    /// Half precision becomes the run's own type; whatever else is an error that names the tensor, before anything is built.
+    #[test]
+    fn types_are_converted_or_refused() {
+        let half = open(Dtype::F16, &[0x00, 0x3c, 0x00, 0xc0]); // 1, -2
+        half.check_types().unwrap();
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let tensor = half.load("a.weight", &[2], kind, Device::Cpu).unwrap();
+            assert_eq!(tensor.kind(), kind);
+            assert_eq!(Vec::<f64>::try_from(tensor.to_kind(Kind::Double)).unwrap(), [1.0, -2.0]);
+        }
+        for dtype in [Dtype::F64, Dtype::I8, Dtype::U8, Dtype::I32, Dtype::F8_E4M3, Dtype::BOOL] {
+            let weights = open(dtype, &vec![0; 2 * dtype.bitsize() / 8]);
+            for error in [weights.check_types(), weights.load("a.weight", &[2], Kind::Float, Device::Cpu).map(drop)] {
+                let error = error.unwrap_err();
+                assert_eq!(error.message, format!("the tensor `a.weight` is of type {dtype:?}"));
+                assert_eq!(error.hints, ["types read: BF16, F16, F32"]);
+                assert!(error.locations[0].file.ends_with("model.safetensors"));
+            }
+        }
+    }
+
+    #[test]
+    fn a_fingerprint_tells_types_and_numbers_apart() {
+        let fingerprint = |dtype, bytes: &[u8]| open(dtype, bytes).fingerprint();
+        let one = fingerprint(Dtype::F16, &[1, 2, 3, 4]);
+        assert_eq!(one, fingerprint(Dtype::F16, &[1, 2, 3, 4]));
+        assert_ne!(one, fingerprint(Dtype::F16, &[1, 2, 3, 5]));
+        assert_ne!(one, fingerprint(Dtype::BF16, &[1, 2, 3, 4]));
     }
 }

@@ -1,6 +1,7 @@
 //! Training: [`Run`] is the one implementation of what a turn of the loop does, for every rank count, recipe and method.
 //! A recipe calls it; it never calls a recipe.
 
+mod agree;
 pub mod batch;
 pub mod evaluate;
 pub mod open;

@@ -1,11 +1,12 @@
 //! From a plan to a [`Run`]: data, model, adapter, optimizer, and the checkpoint to go on from.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use host::config::plan::{DatasetPlan, SchedulePlan, TrainPlan};
 use host::data::template::OpenTemplate;
-use host::data::{self, Order, Tokenized};
+use host::data::{self, BatchLayout, Order, Tokenized};
 use host::hf::{ModelConfig, WeightIndex};
 use host::tokenizer::Tokenizer;
 use host::worker::{StopFlag, WorkerEnv};
@@ -13,13 +14,15 @@ use host::{Error, Result};
 use tch::{Device, Kind};
 
 use crate::adapter::{LoraAdapter, peft};
-use crate::checkpoint::Saver;
-use crate::checkpoint::resume::{self, Position, ResumeState};
-use crate::dist::{self, Group};
+use crate::checkpoint::resume::{self, Identity, Position, ResumeState};
+use crate::checkpoint::{Saver, folder};
+use crate::dist::Group;
 use crate::metrics::Recorder;
 use crate::model::builder::Builder;
 use crate::model::{Llama, Weights, llama};
 use crate::optim::{AdamW, Schedule};
+use crate::torch::TorchContext;
+use crate::train::agree::{self, Facts};
 use crate::train::run::{Parts, Run};
 use crate::{device, torch};
 
@@ -35,6 +38,7 @@ pub struct Inputs {
 /// Rows as tokens.
 pub struct Tokens {
     pub training: Tokenized,
+    /// Has a label, as every set that [`data::prepare`] returns.
     pub validation: Option<Tokenized>,
     /// What a padded layout fills with.
     pub pad: i64,
@@ -98,21 +102,23 @@ impl Run {
         let device = device::open(plan.device, inputs.env.local_rank, &inputs.env.libtorch_lib)?;
         let group = Group::join(&inputs.env)?;
         let tokenizer = Tokenizer::open(&plan.tokenizer.path)?;
-        let load = |dataset: &DatasetPlan| load_data(dataset, &plan, &tokenizer, &inputs, &group);
-        let data = load(&plan.dataset)?;
-        let validation = plan.dataset_val.as_ref().map(load).transpose()?;
-        Self::with_data(
-            plan,
-            inputs,
-            Tokens { training: data, validation, pad: i64::from(tokenizer.pad()) },
-            device,
-            group,
-        )
+        // Ranks of one machine share what the first of them caches.
+        let load = |rows: &DatasetPlan| data::prepare(rows, &plan.tokenizer, &tokenizer, inputs.template.as_ref());
+        let training = load(&plan.dataset)?;
+        let validation = plan.dataset_val.as_ref().map(load).transpose();
+        let validation = validation.map_err(|error| error.cause("these are the validation rows, `dataset_val`"))?;
+        let tokens = Tokens { training, validation, pad: i64::from(tokenizer.pad()) };
+        Self::with_data(plan, inputs, tokens, device, group)
     }
 
     /// Opens a run over rows that are tokens already.
-    pub fn with_data(plan: TrainPlan, inputs: Inputs, tokens: Tokens, device: Device, group: Group) -> Result<Run> {
+    pub fn with_data(mut plan: TrainPlan, inputs: Inputs, tokens: Tokens, device: Device, group: Group) -> Result<Run> {
         let started = Instant::now();
+        let config = serde_yaml::from_str(&plan.resolved_yaml)
+            .map_err(|error| Error::bug("the resolved config cannot be read").cause(error).hint(Error::REPORT))?;
+        // Without a seed in the config each start draws one, and ranks may be started one by one: rank 0's is taken.
+        let seed = group.from_main(&plan.seed.to_le_bytes())?;
+        plan.seed = seed.try_into().map(u64::from_le_bytes).map_err(|_| Error::bug("a seed has eight bytes"))?;
         let kind = torch::kind(plan.dtype);
         let adapter_kind = if plan.compat_torchtune { kind } else { Kind::Float };
         let opened = Opened::open(&plan.model, plan.seed, kind, adapter_kind, device)?;
@@ -125,19 +131,23 @@ impl Run {
         let pad = if tokens.pad < opened.model.config.vocab_size { tokens.pad } else { 0 };
         let mut optimizer = AdamW::new(&plan.optimizer, &adapter.flat);
         let data = tokens.training;
-        let position = match if plan.checkpoint.resume { find_resume(&plan)? } else { None } {
-            Some(state) => restore(state, &plan, &data, &adapter, &mut optimizer, &group)?,
-            None => beginning(&plan, &data, &adapter, &group),
+        let identity = identity(&plan, &opened.weights, &adapter, &data);
+        let resume_dir = if plan.checkpoint.resume { Some(find_resume(&plan)?) } else { None };
+        let position = match &resume_dir {
+            Some(dir) => restore(dir, &plan, &identity, &adapter, &mut optimizer, &group)?,
+            None => beginning(&plan, identity, &group),
         };
         let steps_per_epoch = steps_per_epoch(&plan, &data, &position)?;
+        let total_steps = plan.epochs * steps_per_epoch;
+        let record = record(&plan, &inputs, &position);
+        agree::check(&group, &facts(&config, &record, &position, tokens.validation.as_ref(), &adapter)?)?;
         if group.is_main() {
             let (all, trainable) = (opened.num_parameters, adapter.num_parameters());
             let share = 100.0 * trainable as f64 / all as f64;
             let layers = opened.model.config.num_layers;
-            let seconds = started.elapsed().as_secs_f64();
+            let (dtype, device, seconds) = (plan.dtype, device::name(device), started.elapsed().as_secs_f64());
             tracing::info!(
-                "model: {layers} layers, {all} parameters, {trainable} trainable ({share:.2}%), {:?} on {device:?}, loaded in {seconds:.2} s",
-                plan.dtype
+                "model: {layers} layers, {all} parameters, {trainable} trainable ({share:.2}%), {dtype} on {device}, loaded in {seconds:.2} s"
             );
             let (rows, samples, epochs) = (data.len(), position.samples_per_step, plan.epochs);
             tracing::info!(
@@ -155,14 +165,33 @@ impl Run {
             if !report.is_empty() {
                 tracing::info!("data: {report}");
             }
+            if let Some(dir) = &resume_dir {
+                report_resume(dir, &plan, &position, total_steps, &group);
+            }
+            folder::sweep(&plan.checkpoint.output_dir);
         }
         let order = Order::new(data.len(), plan.shuffle, position.seed, plan.compat_torchtune)?;
-        let recorder = if group.is_main() { Some(Recorder::open(&plan.metrics)?) } else { None };
-        let record = record(&plan, &inputs, &position);
+        let layout = BatchLayout {
+            layout: plan.layout,
+            batch_size: plan.batch_size,
+            tokens_per_microbatch: plan.tokens_per_microbatch,
+            pad,
+        };
+        let validation = tokens.validation.map(|rows| {
+            let all: Vec<u32> = (0..rows.len() as u32).collect();
+            data::microbatches(&rows, &all, &layout, group.rank, group.world_size)
+        });
+        let (recorder, saver) = if group.is_main() {
+            let saver = Saver::new(&plan.checkpoint, &plan.model, kind, record, &plan.resolved_yaml)?;
+            (Some(Recorder::open(&plan.metrics)?), Some(saver))
+        } else {
+            (None, None)
+        };
         Run::start(Parts {
-            saver: Saver::new(&plan.checkpoint, &plan.model, kind, record, &plan.resolved_yaml)?,
-            schedule: Schedule::new(&plan.schedule, plan.optimizer.lr, plan.epochs * steps_per_epoch),
+            saver,
+            schedule: Schedule::new(&plan.schedule, plan.optimizer.lr, total_steps),
             plan,
+            config,
             group,
             device,
             weights: opened.weights,
@@ -170,9 +199,9 @@ impl Run {
             adapter,
             optimizer,
             data,
-            validation: tokens.validation,
+            validation,
             order,
-            pad,
+            layout,
             position,
             steps_per_epoch,
             recorder,
@@ -181,17 +210,28 @@ impl Run {
     }
 }
 
+fn identity(plan: &TrainPlan, base: &Weights, adapter: &LoraAdapter, data: &Tokenized) -> Identity {
+    Identity {
+        base_model: base.fingerprint(),
+        lora: adapter.plan.clone(),
+        num_parameters: adapter.num_parameters(),
+        dtype: plan.dtype,
+        compat_torchtune: plan.compat_torchtune,
+        shuffle: plan.shuffle,
+        num_rows: data.len(),
+        data_digest: data.digest().to_owned(),
+    }
+}
+
 /// Where a new run is.
-fn beginning(plan: &TrainPlan, data: &Tokenized, adapter: &LoraAdapter, group: &Group) -> Position {
+fn beginning(plan: &TrainPlan, identity: Identity, group: &Group) -> Position {
     Position {
         step: 0,
         epoch: 0,
         step_in_epoch: 0,
         seed: plan.seed,
         samples_per_step: plan.batch_size * plan.gradient_accumulation_steps * group.world_size,
-        num_rows: data.len(),
-        data_digest: data.digest().to_owned(),
-        num_parameters: adapter.num_parameters(),
+        identity,
         host_version: env!("CARGO_PKG_VERSION").to_owned(),
         saved_at: 0,
     }
@@ -212,25 +252,6 @@ fn steps_per_epoch(plan: &TrainPlan, data: &Tokenized, position: &Position) -> R
         .hint("lower `gradient_accumulation_steps` or `batch_size`, or take more rows with `dataset.split`"))
 }
 
-/// Rank 0 of each machine makes and caches the tokens; the others read its cache.
-fn load_data(
-    dataset: &DatasetPlan,
-    plan: &TrainPlan,
-    tokenizer: &Tokenizer,
-    inputs: &Inputs,
-    group: &Group,
-) -> Result<Tokenized> {
-    let prepare = || data::prepare(dataset, &plan.tokenizer, tokenizer, inputs.template.as_ref());
-    let made = (inputs.env.local_rank == 0).then(prepare);
-    let failed = group.any_failed(&made)?;
-    match made {
-        Some(tokenized) => tokenized,
-        // Or it would read all rows again, to find the same mistake.
-        None if failed => Err(dist::stopped("the data could not be read")),
-        None => prepare(),
-    }
-}
-
 /// A token beyond the embedding would read past its end.
 fn check_vocabulary(config: &ModelConfig, tokens: &Tokens) -> Result<()> {
     let sets = std::iter::once(&tokens.training).chain(&tokens.validation);
@@ -243,50 +264,37 @@ fn check_vocabulary(config: &ModelConfig, tokens: &Tokens) -> Result<()> {
         .hint("`tokenizer.path` should be the tokenizer.json in the model's own folder"))
 }
 
-fn find_resume(plan: &TrainPlan) -> Result<Option<ResumeState>> {
-    let dir = match &plan.checkpoint.resume_from {
-        Some(dir) => dir.clone(),
-        None => resume::newest(&plan.checkpoint.output_dir)?.ok_or_else(|| {
-            Error::config(format!(
-                "`resume_from_checkpoint: True`, but `{}` holds no checkpoint",
-                plan.checkpoint.output_dir.display()
-            ))
-            .hint("start without it, or set `checkpointer.output_dir` to the folder of the run to go on with")
-        })?,
-    };
-    tracing::info!("resuming from {}", dir.display());
-    ResumeState::read(&dir).map(Some)
+/// The checkpoint to go on from.
+fn find_resume(plan: &TrainPlan) -> Result<PathBuf> {
+    if let Some(dir) = &plan.checkpoint.resume_from {
+        return Ok(dir.clone());
+    }
+    resume::newest(&plan.checkpoint.output_dir)?.ok_or_else(|| {
+        Error::config(format!(
+            "`resume_from_checkpoint: True`, but `{}` holds no checkpoint",
+            plan.checkpoint.output_dir.display()
+        ))
+        .hint("start without it, or set `checkpointer.output_dir` to the folder of the run to go on with")
+    })
 }
 
 /// Puts a checkpoint's numbers in place after checking that it is of this run.
 fn restore(
-    state: ResumeState,
+    dir: &Path,
     plan: &TrainPlan,
-    data: &Tokenized,
+    identity: &Identity,
     adapter: &LoraAdapter,
     optimizer: &mut AdamW,
     group: &Group,
 ) -> Result<Position> {
+    let state = ResumeState::read(dir)?;
     let position = state.position;
-    let differs = |what: &str, then: &dyn std::fmt::Display, now: &dyn std::fmt::Display| {
-        Error::config(format!("the checkpoint is of another run: its {what} differs"))
-            .cause(format!("{then} then, {now} now"))
-            .hint("resume with the config that the checkpoint's `config_resolved.yaml` holds")
-    };
-    if position.num_parameters != adapter.num_parameters() {
-        return Err(differs("number of trainable parameters", &position.num_parameters, &adapter.num_parameters()));
-    }
-    if position.data_digest != data.digest() {
-        return Err(differs("training data", &format!("{} rows", position.num_rows), &format!("{} rows", data.len()))
-            .cause("rows, template, tokenizer, or a setting that decides the tokens has changed"));
-    }
-    let per_turn = plan.batch_size * group.world_size;
-    if !position.samples_per_step.is_multiple_of(per_turn) {
-        return Err(differs(
-            "samples per step",
-            &position.samples_per_step,
-            &format!("a multiple of batch_size × ranks = {per_turn}"),
-        ));
+    position.identity.check(identity, dir)?;
+    let (samples, per_turn) = (position.samples_per_step, plan.batch_size * group.world_size);
+    if !samples.is_multiple_of(per_turn) {
+        return Err(Error::config(format!("the checkpoint `{}` cannot go on with these batches", dir.display()))
+            .cause(format!("its steps have {samples} samples, `batch_size` × ranks is {per_turn}"))
+            .hint("set `batch_size` so that batch_size × ranks divides the samples of a step"));
     }
     tch::no_grad(|| {
         adapter.flat.shallow_clone().copy_(&state.parameters);
@@ -295,6 +303,56 @@ fn restore(
     });
     optimizer.updates = position.step;
     Ok(position)
+}
+
+/// Says where a resumed run goes on, and what of the config the checkpoint decides.
+fn report_resume(dir: &Path, plan: &TrainPlan, position: &Position, total_steps: usize, group: &Group) {
+    let (dir, step, seed, samples) = (dir.display(), position.step, position.seed, position.samples_per_step);
+    if position.epoch >= plan.epochs {
+        tracing::info!("nothing to do: `{dir}` is complete ({step} of {total_steps} steps)");
+        return;
+    }
+    tracing::info!("resuming from `{dir}` after step {step} of {total_steps}, seed {seed}");
+    let per_turn = plan.batch_size * group.world_size;
+    if samples != per_turn * plan.gradient_accumulation_steps {
+        tracing::warn!(
+            "`gradient_accumulation_steps` is {}, not {}: a step keeps the checkpoint's {samples} samples",
+            samples / per_turn,
+            plan.gradient_accumulation_steps
+        );
+    }
+}
+
+/// What the ranks compare before the first step.
+fn facts(
+    config: &serde_json::Value,
+    record: &serde_json::Value,
+    position: &Position,
+    validation: Option<&Tokenized>,
+    adapter: &LoraAdapter,
+) -> Result<Facts> {
+    let mut facts = Facts::new();
+    agree::add_config(&mut facts, "", config);
+    let mut add = |name: &str, value: String| facts.insert(name.to_owned(), value);
+    for (name, key) in [
+        ("the version of `host`", "host_version"),
+        ("the version of libtorch", "libtorch_version"),
+        ("the recipe", "recipe_digest"),
+        ("the template", "template_digest"),
+        ("the number of ranks", "world_size"),
+    ] {
+        add(name, record[key].to_string());
+    }
+    for (name, value) in position.identity.parts() {
+        add(name, value);
+    }
+    add("the tokens of `dataset_val`", validation.map_or("none", Tokenized::digest).to_owned());
+    add("the step to go on from", position.step.to_string());
+    let numbers = Vec::<f32>::try_from(adapter.flat.detach().to_kind(Kind::Float).to_device(Device::Cpu))
+        .torch("read the adapter")?;
+    let bytes: Vec<u8> = numbers.into_iter().flat_map(f32::to_le_bytes).collect();
+    add("the adapter's numbers", format!("of digest {}", blake3::hash(&bytes)));
+    Ok(facts)
 }
 
 /// What makes the run reproducible: versions, seed, the guests' content, the command.
@@ -310,7 +368,7 @@ fn record(plan: &TrainPlan, inputs: &Inputs, position: &Position) -> serde_json:
         "seed": position.seed,
         "world_size": inputs.env.world_size,
         "samples_per_step": position.samples_per_step,
-        "data_digest": position.data_digest,
+        "data_digest": position.identity.data_digest,
         "prompt_template": plan.tokenizer.prompt_template,
         "tokenizer": plan.tokenizer.path,
     })

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use host::config::plan::{ClipPlan, TrainPlan};
-use host::data::{MicroBatch, Order, Tokenized};
+use host::data::{BatchLayout, MicroBatch, Order, Tokenized};
 use host::worker::StopFlag;
 use host::{Error, Result};
 use tch::{Device, Kind, Tensor};
@@ -24,6 +24,8 @@ use crate::train::step::{StepState, Sums, Totals};
 /// Everything a run is made of; [`Run::open`] gathers it.
 pub struct Parts {
     pub plan: TrainPlan,
+    /// The resolved config as values, for recipes that ask.
+    pub config: serde_json::Value,
     pub group: Group,
     pub device: Device,
     pub weights: Weights,
@@ -32,12 +34,14 @@ pub struct Parts {
     pub optimizer: AdamW,
     pub schedule: Schedule,
     pub data: Tokenized,
-    pub validation: Option<Tokenized>,
+    /// This rank's part of the validation set.
+    pub validation: Option<Vec<MicroBatch>>,
     pub order: Order,
-    pub pad: i64,
+    pub layout: BatchLayout,
     pub position: Position,
     pub steps_per_epoch: usize,
-    pub saver: Saver,
+    /// On rank 0, as is the recorder.
+    pub saver: Option<Saver>,
     pub recorder: Option<Recorder>,
     pub stop: StopFlag,
 }
@@ -50,27 +54,14 @@ pub struct Run {
     progress: Option<Progress>,
     /// Set, to the steps done, when the ranks agreed to stop before the last one.
     interruption: Rc<Cell<Option<usize>>>,
-    validated_at: Option<usize>,
-    /// The resolved config, for recipes that ask.
-    config: serde_json::Value,
 }
 
 impl Run {
     pub(super) fn start(parts: Parts) -> Result<Self> {
         let epoch_order = parts.order.epoch(parts.position.epoch);
-        let config = serde_yaml::from_str(&parts.plan.resolved_yaml)
-            .map_err(|error| Error::bug("the resolved config cannot be read").cause(error))?;
-        let mut run = Self {
-            parts,
-            epoch_order,
-            step: None,
-            progress: None,
-            interruption: Rc::default(),
-            validated_at: None,
-            config,
-        };
+        let mut run = Self { parts, epoch_order, step: None, progress: None, interruption: Rc::default() };
         if run.parts.position.step == 0 {
-            run.validate(None)?;
+            run.validate()?;
         }
         run.begin_progress();
         Ok(run)
@@ -92,7 +83,7 @@ impl Run {
 
     /// A key of the resolved config by dotted path.
     pub fn config(&self, key: &str) -> Option<serde_json::Value> {
-        key.split('.').try_fold(&self.config, |value, name| value.get(name)).cloned()
+        key.split('.').try_fold(&self.parts.config, |value, name| value.get(name)).cloned()
     }
 
     /// The adapter's numbers, flat.
@@ -119,9 +110,10 @@ impl Run {
         if self.interruption.get().is_some() || self.is_complete() {
             return Ok(false);
         }
+        let started = Instant::now();
         let waiting = VecDeque::from(self.microbatches());
         let sums = Sums::zero(self.parts.device);
-        self.step = Some(StepState { waiting, current: None, next_key: 0, sums, started: Instant::now() });
+        self.step = Some(StepState { waiting, current: None, next_key: 0, sums, started });
         Ok(true)
     }
 
@@ -134,17 +126,7 @@ impl Run {
         let parts = &self.parts;
         let first = parts.position.step_in_epoch * parts.position.samples_per_step;
         let samples = &self.epoch_order[first..first + parts.position.samples_per_step];
-        host::data::microbatches(&parts.data, samples, &self.layout(), parts.group.rank, parts.group.world_size)
-    }
-
-    pub(super) fn layout(&self) -> host::data::BatchLayout {
-        let plan = &self.parts.plan;
-        host::data::BatchLayout {
-            layout: plan.layout,
-            batch_size: plan.batch_size,
-            tokens_per_microbatch: plan.tokens_per_microbatch,
-            pad: self.parts.pad,
-        }
+        host::data::microbatches(&parts.data, samples, &parts.layout, parts.group.rank, parts.group.world_size)
     }
 
     /// The next micro-batch of this step on this rank, under a key that names it until the next is taken.
@@ -326,7 +308,7 @@ impl Run {
         let validate = is_due(parts.plan.run_val_every_n_steps) || self.is_complete();
         let save_step = is_due(self.parts.plan.checkpoint.save_every_n_steps);
         if validate && (!stop || self.is_complete()) {
-            self.validate(Some(step))?;
+            self.validate()?;
         }
         if epoch_ends {
             self.save(&format!("epoch_{epoch}"))?;
@@ -348,40 +330,34 @@ impl Run {
         Ok(())
     }
 
-    fn validate(&mut self, step: Option<usize>) -> Result<()> {
-        let at = step.unwrap_or(0);
-        if self.parts.validation.is_none() || self.validated_at == Some(at) {
-            return Ok(());
-        }
-        let loss = self.evaluate()?;
-        self.validated_at = Some(at);
+    fn validate(&mut self) -> Result<()> {
+        let Some(loss) = self.evaluate()? else { return Ok(()) };
+        let step = self.parts.position.step;
         if let Some(recorder) = &mut self.parts.recorder {
             let mut metrics = StepMetrics::default();
             metrics.push("val_loss", loss);
-            recorder.record(at, &metrics)?;
-            let line = format!("validation loss after step {at}: {loss:.4}");
-            match &self.progress {
-                Some(progress) => progress.say(&line),
-                None => eprintln!("{line}"),
-            }
+            recorder.record(step, &metrics)?;
+            metrics::say(self.progress.as_ref(), &format!("validation loss after step {step}: {loss:.4}"));
         }
         Ok(())
     }
 
     fn save(&mut self, name: &str) -> Result<()> {
         let parts = &mut self.parts;
-        let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-        let state = ResumeState {
-            position: Position { saved_at, ..parts.position.clone() },
-            parameters: parts.adapter.flat.detach().copy(),
-            exp_avg: parts.optimizer.exp_avg.shallow_clone(),
-            exp_avg_sq: parts.optimizer.exp_avg_sq.shallow_clone(),
-        };
-        let (saver, weights, adapter) = (&mut parts.saver, &parts.weights, &parts.adapter);
         let started = Instant::now();
-        let folder = parts.group.on_main("write the checkpoint", || saver.save(name, weights, adapter, &state))?;
-        if let (Some(folder), Some(progress)) = (folder, &self.progress) {
-            progress.say(&format!("saved {} in {:.2} s", folder.display(), started.elapsed().as_secs_f64()));
+        let saved = parts.saver.as_mut().map(|saver| {
+            let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+            let state = ResumeState {
+                position: Position { saved_at, ..parts.position.clone() },
+                parameters: parts.adapter.flat.detach(),
+                exp_avg: parts.optimizer.exp_avg.shallow_clone(),
+                exp_avg_sq: parts.optimizer.exp_avg_sq.shallow_clone(),
+            };
+            saver.save(name, &parts.weights, &parts.adapter, &state)
+        });
+        if let Some(folder) = parts.group.after_main("write the checkpoint", saved)? {
+            let line = format!("saved {} in {:.2} s", folder.display(), started.elapsed().as_secs_f64());
+            metrics::say(self.progress.as_ref(), &line);
         }
         Ok(())
     }
