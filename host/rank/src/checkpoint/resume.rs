@@ -41,7 +41,6 @@ impl Identity {
         let mut targets: Vec<_> = targets.iter().map(String::as_str).collect();
         targets.sort_unstable();
         let short = |digest: &str| digest.chars().take(16).collect::<String>();
-        let yaml = |flag: &bool| if *flag { "True" } else { "False" }.to_owned();
         [
             ("the model in `checkpointer.checkpoint_dir`", format!("of fingerprint {}", short(base_model))),
             ("`model.lora_rank`", rank.to_string()),
@@ -54,7 +53,7 @@ impl Identity {
             ("the number of trainable parameters", num_parameters.to_string()),
             ("`dtype`", dtype.to_string()),
             ("`compat`", if *compat_torchtune { "torchtune" } else { "null" }.to_owned()),
-            ("`shuffle`", yaml(shuffle)),
+            ("`shuffle`", if *shuffle { "True" } else { "False" }.to_owned()),
             ("the tokens of `dataset`", format!("{num_rows} rows of digest {}", short(data_digest))),
         ]
     }
