@@ -304,23 +304,7 @@ impl Running {
 
     /// The workers of this launcher, as rank and process.
     pub fn workers(&self) -> Vec<(usize, Pid)> {
-        let processes =
-            std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().into_string().ok());
-        let launcher = format!("HOST_LAUNCHER={}", self.pid);
-        let mut workers: Vec<_> = processes
-            .filter_map(|pid| {
-                let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
-                let variables: Vec<&[u8]> = environment.split(|byte| *byte == 0).collect();
-                let is_ours = variables.contains(&launcher.as_bytes());
-                let rank = variables.iter().find_map(|variable| variable.strip_prefix(b"RANK="))?;
-                is_ours.then(|| {
-                    let rank = std::str::from_utf8(rank).unwrap().parse().unwrap();
-                    (rank, Pid::from_raw(pid.parse().unwrap()).unwrap())
-                })
-            })
-            .collect();
-        workers.sort_by_key(|(rank, _)| *rank);
-        workers
+        workers_of(self.pid)
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -340,6 +324,27 @@ impl Drop for Running {
 
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// The living workers of a launcher, which may have ended itself, as rank and process.
+pub fn workers_of(launcher_pid: u32) -> Vec<(usize, Pid)> {
+    let processes =
+        std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().into_string().ok());
+    let launcher = format!("HOST_LAUNCHER={launcher_pid}");
+    let mut workers: Vec<_> = processes
+        .filter_map(|pid| {
+            let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+            let variables: Vec<&[u8]> = environment.split(|byte| *byte == 0).collect();
+            let is_ours = variables.contains(&launcher.as_bytes());
+            let rank = variables.iter().find_map(|variable| variable.strip_prefix(b"RANK="))?;
+            is_ours.then(|| {
+                let rank = std::str::from_utf8(rank).unwrap().parse().unwrap();
+                (rank, Pid::from_raw(pid.parse().unwrap()).unwrap())
+            })
+        })
+        .collect();
+    workers.sort_by_key(|(rank, _)| *rank);
+    workers
 }
 
 /// Whether a process is still there; one that nobody has waited for yet counts.

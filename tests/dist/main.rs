@@ -7,3 +7,4 @@ mod case;
 mod ends;
 mod mistakes;
 mod results;
+mod soak;

@@ -53,16 +53,26 @@ fn calls() {
     });
 }
 
+/// Up to 20,000 rows: `document` and `summary` of a JSONL file, which `cargo xtask bench` names, or made up.
+fn template_rows_of(file: Option<std::ffi::OsString>) -> Vec<Row> {
+    const ROWS: usize = 20_000;
+    let row = |(id, cells): (usize, [String; 2])| Row { id: id as u64, cells: cells.map(Some).into() };
+    let Some(file) = file else {
+        let text = "a line of a dialogue, as long as lines are. ".repeat(25);
+        let made_up = |id| [format!("{id} {text}"), "a summary of about one line, which is short".into()];
+        return (0..ROWS).map(made_up).enumerate().map(row).collect();
+    };
+    let text = std::fs::read_to_string(file).unwrap();
+    let parsed = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let cells = parsed.map(|row| ["document", "summary"].map(|name| row[name].as_str().unwrap().to_owned()));
+    cells.take(ROWS).enumerate().map(row).collect()
+}
+
 #[test]
 #[ignore = "a measurement"]
 fn template_rows() {
-    let rows: Vec<Row> = (0..20_000)
-        .map(|id| {
-            let text = format!("{id} {}", "a line of a dialogue, as long as lines are. ".repeat(25));
-            Row { id, cells: vec![Some(text), Some("a summary of about one line, which is short".into())] }
-        })
-        .collect();
-    let bytes: usize = rows[0].cells.iter().flatten().map(String::len).sum();
+    let rows = template_rows_of(std::env::var_os("HOST_TEMPLATE_ROWS"));
+    let bytes = rows.iter().flat_map(|row| row.cells.iter().flatten()).map(String::len).sum::<usize>() / rows.len();
     for path in ["templates/summarize.wasm", "templates/summarize.rhai"] {
         let mut template = open_template(&guest(path), &GuestLimits::default()).unwrap().open().unwrap();
         template.configure(&["input".into(), "output".into()]).unwrap();

@@ -3,10 +3,15 @@
 //! All three are measured from outside and alike: when each optimizer step was reported, and the resident memory of the
 //! process and its children. Tokens are those of the rows, padding not counted. Times are of the steps after the first,
 //! the figures the medians over rounds.
+//!
+//! A machine shared with others has no speed of its own, so what must hold ([`targets`]) are ratios of what ran in turns.
 
+mod costs;
 mod measure;
+mod targets;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -14,7 +19,9 @@ use crate::data::{self, DATA_DIR};
 use crate::model::{self, MODEL_DIR};
 use crate::peers::Peers;
 use crate::shell::{Failure, PathContext, Result, host, shown};
+use costs::Costs;
 use measure::{Figures, StepLog, measure, median};
+use targets::Target;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -30,30 +37,43 @@ pub struct Args {
     /// Threads of each program
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// End the output with the figures as one line of JSON, in place of the tables
+    #[arg(long)]
+    json: bool,
 }
 
 const BATCH_SIZE: usize = 2;
 const ACCUMULATION: usize = 8;
 const DIR: &str = "target/bench";
 const ROWS: &str = "target/bench/rows.json";
+const WASM: &str = "recipes/lora_distributed.wasm";
+const RHAI: &str = "recipes/lora_distributed.rhai";
 /// `host x2` is two ranks of one thread each, with half the accumulation.
 const PROGRAMS: [&str; 4] = ["host", "host x2", "torchtune", "peft"];
 /// Equal rows, weights and rules give equal first losses (adapters begin at zero); bf16 takes the rest.
 const FIRST_LOSS_TOLERANCE: f64 = 0.03;
 
+type Runs = BTreeMap<&'static str, Vec<Figures>>;
+
 pub fn run(root: &Path, args: &Args) -> Result<()> {
     let peers = Peers::find(root, args.python.as_deref())?;
     model::ensure(root)?;
     data::run(root)?;
-    std::fs::create_dir_all(root.join(DIR)).path_context("create", &root.join(DIR))?;
+    fs::create_dir_all(root.join(DIR)).path_context("create", &root.join(DIR))?;
     let step_tokens = tokenise(root, &peers, args.steps as usize)?;
+    let load_before = load_average();
+    // More than what little we did just now.
+    let is_shared = load_before > 1.0;
+    if is_shared {
+        println!("load average {load_before}: other programs are running; only ratios mean something");
+    }
 
-    let mut runs: BTreeMap<&str, Vec<Figures>> = BTreeMap::new();
+    let mut runs = Runs::new();
     for round in 0..args.rounds as usize {
         // Each goes first as often as another, so that a slow minute of the machine is everybody's.
         for turn in 0..PROGRAMS.len() {
             let program = PROGRAMS[(round + turn) % PROGRAMS.len()];
-            let (mut command, log) = prepare(root, &peers, program, args)?;
+            let (mut command, log) = prepare(root, &peers, program, is_shared, args)?;
             if round == 0 {
                 println!("$ {}", shown(&command));
             }
@@ -63,7 +83,19 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
         }
     }
     compare_first_losses(&runs)?;
-    report(root, args, &runs)
+    let (mut command, log) = prepare_host(root, RHAI, 1, args);
+    let rhai = measure(command.arg("save_adapter_weights_only=False"), &log, &step_tokens)?;
+    println!("once: host with the Rhai recipe and whole checkpoints: {rhai}");
+    let costs = costs::of(root, &peers, &runs["host"], &rhai)?;
+    let targets = targets::of(&runs, &costs);
+    report(root, args, &runs, &costs, &targets, load_before)?;
+    targets::check(&targets)
+}
+
+/// How many programs wanted to run in the last minute.
+fn load_average() -> f64 {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().and_then(|number| number.parse().ok()).unwrap_or_default()
 }
 
 fn tokenise(root: &Path, peers: &Peers, num_steps: usize) -> Result<Vec<usize>> {
@@ -71,7 +103,7 @@ fn tokenise(root: &Path, peers: &Peers, num_steps: usize) -> Result<Vec<usize>> 
     let mut rows = peers.script(root, "host/xtask/bench/rows.py");
     rows.args([MODEL_DIR, &format!("{DATA_DIR}/train.jsonl"), &(num_steps * per_step).to_string(), ROWS]);
     crate::shell::capture(&mut rows)?;
-    let text = std::fs::read_to_string(root.join(ROWS)).path_context("read", &root.join(ROWS))?;
+    let text = fs::read_to_string(root.join(ROWS)).path_context("read", &root.join(ROWS))?;
     let rows: Vec<serde_json::Value> =
         serde_json::from_str(&text).map_err(|error| Failure::new(format!("`{ROWS}` is not a list")).cause(error))?;
     let tokens = |row: &serde_json::Value| row["tokens"].as_array().map_or(0, Vec::len);
@@ -79,44 +111,47 @@ fn tokenise(root: &Path, peers: &Peers, num_steps: usize) -> Result<Vec<usize>> 
 }
 
 /// The command of one run, and where it reports its steps.
-fn prepare(root: &Path, peers: &Peers, program: &str, args: &Args) -> Result<(Command, StepLog)> {
-    let (batch, accumulation) = (BATCH_SIZE.to_string(), ACCUMULATION.to_string());
-    let (mut command, log) = match program {
-        "host" | "host x2" => {
-            let ranks = if program == "host" { 1 } else { 2 };
-            let out = root.join(DIR).join("host");
-            let _ = std::fs::remove_dir_all(&out);
-            let num_rows = args.steps as usize * BATCH_SIZE * ACCUMULATION;
-            let mut host = host(root);
-            host.args(["run", "recipes/lora_distributed.wasm", "--nproc", &ranks.to_string()]);
-            host.args(["--config", "configs/smollm2/135M_lora_summarize.yaml"]);
-            host.arg(format!("output_dir={DIR}/host")).arg(format!("dataset.split=train[:{num_rows}]"));
-            let accumulation = ACCUMULATION / ranks;
-            host.args([format!("batch_size={batch}"), format!("gradient_accumulation_steps={accumulation}")]);
-            host.env("OMP_NUM_THREADS", (args.threads / ranks).max(1).to_string());
-            host.args([
-                "~lr_scheduler",
-                "shuffle=False",
-                "metric_logger.output_fmt=jsonl",
-                "~dataset_val",
-                "~run_val_every_n_steps",
-            ]);
-            host.arg("save_adapter_weights_only=True");
-            (host, StepLog::File(out.join("logs")))
-        }
-        "torchtune" => (peers.torchtune_script(root, "host/xtask/bench/torchtune_lora.py"), StepLog::Stdout),
-        _ => (peers.script(root, "host/xtask/bench/peft_lora.py"), StepLog::Stdout),
+fn prepare(root: &Path, peers: &Peers, program: &str, is_shared: bool, args: &Args) -> Result<(Command, StepLog)> {
+    let mut command = match program {
+        "host" => return Ok(prepare_host(root, WASM, 1, args)),
+        "host x2" => return Ok(prepare_host(root, WASM, 2, args)),
+        "torchtune" => peers.torchtune_script(root, "host/xtask/bench/torchtune_lora.py"),
+        _ => peers.script(root, "host/xtask/bench/peft_lora.py"),
     };
-    if matches!(log, StepLog::Stdout) {
-        command.args([MODEL_DIR, ROWS, &batch, &accumulation]);
+    command.args([MODEL_DIR, ROWS, &BATCH_SIZE.to_string(), &ACCUMULATION.to_string()]);
+    command.env("OMP_NUM_THREADS", args.threads.to_string());
+    if is_shared {
+        // Their best there: threads that spin stand still beside other programs, at a tenth of the speed.
+        command.env("OMP_WAIT_POLICY", "passive");
     }
-    if !program.starts_with("host") {
-        command.env("OMP_NUM_THREADS", args.threads.to_string());
-    }
-    Ok((command, log))
+    Ok((command, StepLog::Stdout))
 }
 
-fn compare_first_losses(runs: &BTreeMap<&str, Vec<Figures>>) -> Result<()> {
+fn prepare_host(root: &Path, recipe: &str, ranks: usize, args: &Args) -> (Command, StepLog) {
+    let out = root.join(DIR).join("host");
+    let _ = fs::remove_dir_all(&out);
+    let num_rows = args.steps as usize * BATCH_SIZE * ACCUMULATION;
+    let accumulation = ACCUMULATION / ranks;
+    let mut host = host(root);
+    host.args(["run", recipe, "--nproc", &ranks.to_string()]);
+    host.args(["--config", "configs/smollm2/135M_lora_summarize.yaml"]);
+    host.arg(format!("output_dir={DIR}/host")).arg(format!("dataset.split=train[:{num_rows}]"));
+    host.args([format!("batch_size={BATCH_SIZE}"), format!("gradient_accumulation_steps={accumulation}")]);
+    host.args([
+        "~lr_scheduler",
+        "shuffle=False",
+        "metric_logger.output_fmt=jsonl",
+        "~dataset_val",
+        "~run_val_every_n_steps",
+        "save_adapter_weights_only=True",
+    ]);
+    host.env("OMP_NUM_THREADS", (args.threads / ranks).max(1).to_string());
+    // The recipe's own time is logged there.
+    host.env("HOST_LOG", "host=info,host_rank=debug");
+    (host, StepLog::File(out.join("logs")))
+}
+
+fn compare_first_losses(runs: &Runs) -> Result<()> {
     let losses: Vec<_> = runs.iter().map(|(program, runs)| (program, runs[0].first_loss)).collect();
     let (low, high) = losses.iter().fold((f64::MAX, f64::MIN), |(l, h), (_, x)| (l.min(*x), h.max(*x)));
     if high - low > FIRST_LOSS_TOLERANCE {
@@ -126,22 +161,11 @@ fn compare_first_losses(runs: &BTreeMap<&str, Vec<Figures>>) -> Result<()> {
     Ok(())
 }
 
-fn report(root: &Path, args: &Args, runs: &BTreeMap<&str, Vec<Figures>>) -> Result<()> {
+fn report(root: &Path, args: &Args, runs: &Runs, costs: &Costs, targets: &[Target], load_before: f64) -> Result<()> {
     let medians = |program: &str| {
         let of = |pick: fn(&Figures) -> f64| median(runs[program].iter().map(pick).collect());
         [of(|f| f.tokens_per_second), of(|f| f.peak_rss_mb), of(|f| f.seconds_to_first_step)]
     };
-    let ours = medians("host");
-    println!("\n{:<10} {:>12} {:>10} {:>14}   host is", "", "tokens/s", "peak MB", "first step s");
-    for program in PROGRAMS {
-        let [speed, memory, start] = medians(program);
-        print!("{program:<10} {speed:>12.0} {memory:>10.0} {start:>14.2}");
-        if program != "host" {
-            let [a, b, c] = [ours[0] / speed, ours[1] / memory, ours[2] / start];
-            print!("   {a:.2}x as fast, {b:.2}x the memory, {c:.2}x the start");
-        }
-        println!();
-    }
     let programs: BTreeMap<_, _> = PROGRAMS
         .map(|program| {
             let [speed, memory, start] = medians(program);
@@ -154,10 +178,22 @@ fn report(root: &Path, args: &Args, runs: &BTreeMap<&str, Vec<Figures>>) -> Resu
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let json = serde_json::json!({
         "model": "SmolLM2-135M-Instruct", "batch_size": BATCH_SIZE, "gradient_accumulation_steps": ACCUMULATION,
-        "steps": args.steps, "rounds": args.rounds, "threads": args.threads, "cores": cores, "programs": programs,
+        "steps": args.steps, "rounds": args.rounds, "threads": args.threads, "cores": cores,
+        "load_average_before": load_before, "programs": programs, "costs": costs, "targets": targets,
     });
     let path = root.join(DIR).join("bench.json");
-    std::fs::write(&path, format!("{json:#}\n")).path_context("write", &path)?;
-    println!("\nwritten to {DIR}/bench.json");
+    fs::write(&path, format!("{json:#}\n")).path_context("write", &path)?;
+    if args.json {
+        println!("{json}");
+        return Ok(());
+    }
+    println!("\n{:<10} {:>12} {:>10} {:>14}", "", "tokens/s", "peak MB", "first step s");
+    for program in PROGRAMS {
+        let [speed, memory, start] = medians(program);
+        println!("{program:<10} {speed:>12.0} {memory:>10.0} {start:>14.2}");
+    }
+    println!("\n{costs}\n");
+    targets.iter().for_each(|target| println!("{target}"));
+    println!("\nload average before: {load_before}, of {cores} cores; written to {DIR}/bench.json");
     Ok(())
 }

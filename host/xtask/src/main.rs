@@ -17,6 +17,7 @@ mod peers;
 mod sdk_gen;
 mod setup;
 mod shell;
+mod soak;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -56,8 +57,10 @@ enum Task {
     },
     /// Check imported, merged and adapter folders against transformers and PEFT
     Interop(interop::Args),
-    /// Measure `host` beside torchtune and PEFT
+    /// Measure `host` beside torchtune and PEFT; fails when a target is missed
     Bench(bench::Args),
+    /// Kill, interrupt and resume short runs at random, and compare them with undisturbed ones
+    Soak(soak::Args),
 }
 
 fn main() -> ExitCode {
@@ -81,5 +84,6 @@ fn run(task: Task) -> Result<()> {
         Task::Sdk { check } => sdk_gen::generate(root, check).map_err(shell::Failure::new),
         Task::Interop(args) => interop::run(root, &args),
         Task::Bench(args) => bench::run(root, &args),
+        Task::Soak(args) => soak::run(root, &args),
     }
 }

@@ -168,6 +168,7 @@ impl HostState {
 
     /// What a recipe that returned without an error may still have left undone.
     pub fn check_end(&mut self, blame: &Blame) -> host::Result<()> {
+        self.clock.log_share();
         match self.failure.take() {
             Some(Failure::Run(error)) => Err(error),
             Some(Failure::Guest(mistake)) => Err(blame.mistake(mistake)),

@@ -19,12 +19,16 @@ pub struct Clock {
     in_host: Duration,
     budget: Duration,
     stop: StopFlag,
+    /// When the guest first called for work, and when the last such call returned.
+    loop_time: Option<(Instant, Instant)>,
+    /// Time inside those calls.
+    worked: Duration,
 }
 
 impl Clock {
     pub fn new(seconds: f64, stop: StopFlag) -> Self {
         let budget = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        Self { turn: Instant::now(), in_host: Duration::ZERO, budget, stop }
+        Self { turn: Instant::now(), in_host: Duration::ZERO, budget, stop, loop_time: None, worked: Duration::ZERO }
     }
 
     pub fn restart(&mut self) {
@@ -34,7 +38,18 @@ impl Clock {
 
     /// Takes the time since `entered` off the guest's bill.
     pub fn leave_host(&mut self, entered: Instant) {
-        self.in_host += entered.elapsed();
+        let left = Instant::now();
+        self.in_host += left - entered;
+        self.worked += left - entered;
+        self.loop_time = Some((self.loop_time.map_or(entered, |(first, _)| first), left));
+    }
+
+    /// Logs how much of its loop the guest took for itself: its own instructions, crossing the boundary, handles.
+    pub fn log_share(&self) {
+        let Some((first, last)) = self.loop_time else { return };
+        let total = last - first;
+        let own = total.saturating_sub(self.worked);
+        tracing::debug!("the recipe took {:.6} s of {:.6} s for itself", own.as_secs_f64(), total.as_secs_f64());
     }
 
     /// Called between a guest's own instructions.

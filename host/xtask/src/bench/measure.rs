@@ -28,11 +28,14 @@ pub struct Figures {
     pub seconds_to_first_step: f64,
     pub first_loss: f64,
     pub last_loss: f64,
+    /// What the program said besides.
+    #[serde(skip)]
+    pub stderr: String,
 }
 
 impl fmt::Display for Figures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { tokens_per_second, peak_rss_mb, seconds_to_first_step, first_loss, last_loss } = self;
+        let Self { tokens_per_second, peak_rss_mb, seconds_to_first_step, first_loss, last_loss, .. } = self;
         write!(
             f,
             "{tokens_per_second:.0} tokens/s, {peak_rss_mb:.0} MB, first step after {seconds_to_first_step:.2} s, "
@@ -79,14 +82,14 @@ pub fn measure(command: &mut Command, log: &StepLog, step_tokens: &[usize]) -> R
         let rest = lines.iter().filter_map(|(at, line)| Some((at - started, loss(&line)?)));
         steps.extend(rest);
     }
+    let stderr = fs::read_to_string(&errors).unwrap_or_default();
+    let _ = fs::remove_file(&errors);
     if !status.success() || steps.len() < step_tokens.len() {
-        let stderr = fs::read_to_string(&errors).unwrap_or_default();
         let tail: Vec<_> = stderr.lines().rev().take(12).collect();
         let tail: Vec<_> = tail.into_iter().rev().collect();
         let what = format!("`{shown}` ended ({status}) after {} of {} steps", steps.len(), step_tokens.len());
         return Err(Failure::new(what).cause(tail.join("\n")));
     }
-    let _ = fs::remove_file(&errors);
     let (first, last) = (steps[0], steps[step_tokens.len() - 1]);
     let tokens: usize = step_tokens[1..].iter().sum();
     Ok(Figures {
@@ -95,6 +98,7 @@ pub fn measure(command: &mut Command, log: &StepLog, step_tokens: &[usize]) -> R
         seconds_to_first_step: first.0.as_secs_f64(),
         first_loss: first.1,
         last_loss: last.1,
+        stderr,
     })
 }
 

@@ -1,0 +1,167 @@
+//! What scripts and files cost: figures that are no race against the peers' training.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::time::Instant;
+
+use super::DIR;
+use super::measure::{Figures, median};
+use crate::data::DATA_DIR;
+use crate::model::MODEL_DIR;
+use crate::peers::Peers;
+use crate::shell::{Failure, PathContext, Result, capture, cargo};
+
+#[derive(Debug, serde::Serialize)]
+pub struct Costs {
+    /// What a recipe keeps of its loop: all that is not the run's own work, its calls' crossings among it.
+    pub script_share: BTreeMap<&'static str, f64>,
+    /// Rows a second on one core, from cells to messages.
+    template_rows_per_second: BTreeMap<String, f64>,
+    checkpoint_write: Transfer,
+    checkpoint_load: Transfer,
+}
+
+/// Megabytes a second, ours and of a plain file of as many bytes.
+#[derive(Debug, serde::Serialize)]
+struct Transfer {
+    megabytes: f64,
+    ours: f64,
+    plain: f64,
+}
+
+/// `wasm` are runs with the Wasm recipe; `rhai` ran with the other one and wrote whole checkpoints.
+pub fn of(root: &Path, peers: &Peers, wasm: &[Figures], rhai: &Figures) -> Result<Costs> {
+    let wasm_share = wasm.iter().map(script_share).collect::<Result<_>>()?;
+    let loads = wasm.iter().map(|run| seconds(run, "loaded in ")).collect::<Result<_>>()?;
+    Ok(Costs {
+        script_share: [("Wasm", median(wasm_share)), ("Rhai", script_share(rhai)?)].into(),
+        template_rows_per_second: templates(root, peers)?,
+        checkpoint_write: write(root, rhai)?,
+        checkpoint_load: read(&root.join(MODEL_DIR), median(loads))?,
+    })
+}
+
+/// `the recipe took 0.000123 s of 9.876543 s for itself`, at the end of a run.
+fn script_share(run: &Figures) -> Result<f64> {
+    let line = said(run, "the recipe took ")?;
+    let numbers: Vec<f64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
+    match numbers[..] {
+        [own, total] => Ok(own / total),
+        _ => Err(Failure::new(format!("`{line}` should hold two times"))),
+    }
+}
+
+/// `… in 1.23 s`, at the end of the last line that holds `what`.
+fn seconds(run: &Figures, what: &str) -> Result<f64> {
+    let line = said(run, what)?;
+    let time = line.rsplit(" in ").next().unwrap_or_default();
+    time.trim_end_matches(" s")
+        .parse()
+        .map_err(|error| Failure::new(format!("`{line}` should hold a time")).cause(error))
+}
+
+fn said<'a>(run: &'a Figures, what: &str) -> Result<&'a str> {
+    let line = run.stderr.lines().rfind(|line| line.contains(what));
+    line.ok_or_else(|| Failure::new(format!("`host` did not log `{what}…`, which this measurement reads")))
+}
+
+fn templates(root: &Path, peers: &Peers) -> Result<BTreeMap<String, f64>> {
+    let rows = format!("{DATA_DIR}/train.jsonl");
+    let mut test = cargo(root);
+    test.args("test --release --workspace --quiet --test scripting -- --ignored --nocapture template_rows".split(' '));
+    let printed = capture(test.env("HOST_TEMPLATE_ROWS", root.join(&rows)))?;
+    // `templates/summarize.wasm: 123456 rows/s of 1137 bytes`
+    let ours = printed.lines().filter_map(|line| {
+        let (path, rest) = line.split_once(": ")?;
+        Some((path.to_owned(), rest.split_once(" rows/s")?.0.parse().ok()?))
+    });
+    let mut speeds: BTreeMap<_, _> = ours.collect();
+    let theirs = capture(peers.torchtune_script(root, "host/xtask/bench/template.py").arg(&rows))?;
+    let theirs = theirs.lines().last().and_then(|line| line.trim().parse().ok());
+    let (Some(theirs), 2) = (theirs, speeds.len()) else {
+        return Err(Failure::new("the templates' speeds were not printed").cause(printed.trim()));
+    };
+    speeds.insert("torchtune".to_owned(), theirs);
+    Ok(speeds)
+}
+
+/// The checkpoint that `run` left, against one file of its size, synced like it.
+fn write(root: &Path, run: &Figures) -> Result<Transfer> {
+    let dir = root.join(DIR).join("host/epoch_0");
+    let bytes = size_of(&dir)?;
+    let started = Instant::now();
+    let path = root.join(DIR).join("plain");
+    let chunk = vec![7u8; 8 << 20];
+    let write = || {
+        let mut file = File::create(&path)?;
+        let mut left = bytes as usize;
+        while left > 0 {
+            let now = left.min(chunk.len());
+            file.write_all(&chunk[..now])?;
+            left -= now;
+        }
+        file.sync_all()
+    };
+    write().path_context("write", &path)?;
+    let plain = started.elapsed().as_secs_f64();
+    fs::remove_file(&path).path_context("remove", &path)?;
+    Ok(Transfer::new(bytes, seconds(run, "saved ")?, plain))
+}
+
+/// The base model's weights, against reading their files.
+fn read(model: &Path, seconds: f64) -> Result<Transfer> {
+    let mut buffer = vec![0u8; 8 << 20];
+    let started = Instant::now();
+    let mut bytes = 0;
+    for entry in fs::read_dir(model).path_context("list", model)?.flatten() {
+        let path = entry.path();
+        if path.extension().is_none_or(|extension| extension != "safetensors") {
+            continue;
+        }
+        let mut file = File::open(&path).path_context("open", &path)?;
+        loop {
+            match file.read(&mut buffer).path_context("read", &path)? {
+                0 => break,
+                read => bytes += read as u64,
+            }
+        }
+    }
+    Ok(Transfer::new(bytes, seconds, started.elapsed().as_secs_f64()))
+}
+
+fn size_of(dir: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(dir).path_context("list", dir)?.flatten() {
+        let path = entry.path();
+        bytes += if path.is_dir() { size_of(&path)? } else { path.metadata().path_context("read", &path)?.len() };
+    }
+    Ok(bytes)
+}
+
+impl Transfer {
+    fn new(bytes: u64, ours: f64, plain: f64) -> Self {
+        let megabytes = bytes as f64 / 1e6;
+        Self { megabytes, ours: megabytes / ours, plain: megabytes / plain }
+    }
+}
+
+impl fmt::Display for Transfer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { megabytes, ours, plain } = self;
+        write!(f, "{megabytes:.0} MB at {ours:.0} MB/s, a plain file {plain:.0} MB/s: {:.2}", ours / plain)
+    }
+}
+
+impl fmt::Display for Costs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let theirs = self.template_rows_per_second["torchtune"];
+        for (name, speed) in &self.template_rows_per_second {
+            writeln!(f, "template {name}: {speed:.0} rows/s, {:.2}x torchtune's", speed / theirs)?;
+        }
+        writeln!(f, "checkpoint written: {}", self.checkpoint_write)?;
+        write!(f, "model loaded: {}", self.checkpoint_load)
+    }
+}

@@ -1,0 +1,26 @@
+//! `cargo xtask soak`: `tests/dist/soak.rs`, which uses what the tests of processes use, for as long as asked.
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::build;
+use crate::shell::{Result, cargo, run as run_command};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[arg(long, default_value_t = 10.0)]
+    minutes: f64,
+    /// Decides what is done to which run, but not where exactly that finds it [default: the time]
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+pub fn run(root: &Path, args: &Args) -> Result<()> {
+    build::run(root)?;
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut test = cargo(root);
+    test.args("test --release --workspace --test dist -- --ignored --nocapture --exact soak::soak".split(' '));
+    test.env("HOST_SOAK_MINUTES", args.minutes.to_string());
+    test.env("HOST_SOAK_SEED", args.seed.unwrap_or_else(now).to_string());
+    run_command(&mut test)
+}
