@@ -16,7 +16,7 @@ use tch::{Device, Kind};
 use crate::adapter::{LoraAdapter, peft};
 use crate::checkpoint::resume::{self, Identity, Position, ResumeState};
 use crate::checkpoint::{Saver, folder};
-use crate::dist::Group;
+use crate::dist::{self, Group};
 use crate::metrics::Recorder;
 use crate::model::builder::Builder;
 use crate::model::{Llama, Weights, llama};
@@ -102,8 +102,18 @@ impl Run {
         let device = device::open(plan.device, inputs.env.local_rank, &inputs.env.libtorch_lib)?;
         let group = Group::join(&inputs.env)?;
         let tokenizer = Tokenizer::open(&plan.tokenizer.path)?;
-        // Ranks of one machine share what the first of them caches.
-        let load = |rows: &DatasetPlan| data::prepare(rows, &plan.tokenizer, &tokenizer, inputs.template.as_ref());
+        // Ranks of one machine share what the first of them caches; when that fails, the others need not read all rows to
+        // find the same mistake.
+        let load = |rows: &DatasetPlan| {
+            let prepare = || data::prepare(rows, &plan.tokenizer, &tokenizer, inputs.template.as_ref());
+            let made = (inputs.env.local_rank == 0).then(prepare);
+            let failed = group.which(matches!(made, Some(Err(_))))?;
+            match made {
+                Some(tokenized) => tokenized,
+                None if failed.is_empty() => prepare(),
+                None => Err(dist::stopped("the data could not be read")),
+            }
+        };
         let training = load(&plan.dataset)?;
         let validation = plan.dataset_val.as_ref().map(load).transpose();
         let validation = validation.map_err(|error| error.cause("these are the validation rows, `dataset_val`"))?;
