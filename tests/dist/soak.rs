@@ -239,7 +239,8 @@ fn check_losses(lines: &[Value], expected: &Undisturbed, counts: &mut Counts) {
 /// Every new folder with a checkpoint's name generates: merged weights where it has them, its adapter where not.
 fn check_folders(case: &Case, loaded: &mut BTreeMap<String, Vec<u8>>, counts: &mut Counts) {
     for name in whole(case) {
-        let state = std::fs::read(case.path("out").join(&name).join("resume.json")).unwrap();
+        let state = std::fs::read(case.path("out").join(&name).join("resume.json"));
+        let state = state.unwrap_or_else(|error| panic!("`{name}` has no `resume.json`: {error}"));
         if loaded.get(&name) == Some(&state) {
             continue;
         }
