@@ -108,7 +108,8 @@ fn adapter(case: &Case, dir: &str) -> Vec<u8> {
 fn soak_one_run(case: &Case, expected: &Undisturbed, dice: &mut Dice, counts: &mut Counts) {
     let recipe = *dice.pick(&[WASM, RHAI]);
     let every = format!("save_every_n_steps={}", dice.pick(&[3, 7, 20, 50]));
-    let keep: &[&str] = *dice.pick(&[&[][..], &["checkpointer.keep_last_n_checkpoints=1"]]);
+    let choices: [&[&str]; 2] = [&[], &["checkpointer.keep_last_n_checkpoints=1"]];
+    let keep = *dice.pick(&choices);
     let adapter_only = *dice.pick(&["save_adapter_weights_only=True", "save_adapter_weights_only=False"]);
     let settings = [RUN, &[&expected.nproc, &every, adapter_only], keep].concat();
     println!("{recipe} {}", settings[RUN.len()..].join(" "));

@@ -246,19 +246,20 @@ mod tests {
         check(&|_| {}).unwrap();
         // In whatever order the config names them.
         check(&|now| now.lora.targets.reverse()).unwrap();
-        let changes: [(&dyn Fn(&mut Identity), &str); 9] = [
-            (&|now| now.base_model.insert(0, '1'), "of fingerprint 1012345678"),
-            (&|now| now.lora.rank = 4, "`model.lora_rank`: 8 in the checkpoint, 4 in this run"),
-            (&|now| now.lora.alpha = 4.5, "`model.lora_alpha`: 16 in the checkpoint, 4.5 in this run"),
-            (&|now| now.lora.dropout = 0.05, "`model.lora_dropout`: 0 in the checkpoint, 0.05 in this run"),
-            (&|now| now.lora.targets.truncate(1), "q_proj, v_proj in the checkpoint, q_proj in this run"),
-            (&|now| now.dtype = Dtype::Fp32, "`dtype`: bf16 in the checkpoint, fp32 in this run"),
-            (&|now| now.compat_torchtune = true, "`compat`: null in the checkpoint, torchtune in this run"),
-            (&|now| now.shuffle = false, "`shuffle`: True in the checkpoint, False in this run"),
-            (&|now| now.num_rows = 64, "the tokens of `dataset`: 80 rows"),
+        type Change = (fn(&mut Identity), &'static str);
+        let changes: [Change; 9] = [
+            (|now| now.base_model.insert(0, '1'), "of fingerprint 1012345678"),
+            (|now| now.lora.rank = 4, "`model.lora_rank`: 8 in the checkpoint, 4 in this run"),
+            (|now| now.lora.alpha = 4.5, "`model.lora_alpha`: 16 in the checkpoint, 4.5 in this run"),
+            (|now| now.lora.dropout = 0.05, "`model.lora_dropout`: 0 in the checkpoint, 0.05 in this run"),
+            (|now| now.lora.targets.truncate(1), "q_proj, v_proj in the checkpoint, q_proj in this run"),
+            (|now| now.dtype = Dtype::Fp32, "`dtype`: bf16 in the checkpoint, fp32 in this run"),
+            (|now| now.compat_torchtune = true, "`compat`: null in the checkpoint, torchtune in this run"),
+            (|now| now.shuffle = false, "`shuffle`: True in the checkpoint, False in this run"),
+            (|now| now.num_rows = 64, "the tokens of `dataset`: 80 rows"),
         ];
         for (change, expected) in changes {
-            let causes = check(change).unwrap_err();
+            let causes = check(&change).unwrap_err();
             assert_eq!(causes.len(), 1, "{causes:?}");
             assert!(causes[0].contains(expected), "{causes:?}");
         }
