@@ -164,9 +164,9 @@ fn weights_that_are_not_there() {
     assert_snapshot!(case.validate(&[]), @"
     exit 2
     --- stderr
-    error: no safetensors weights in the model folder `model`
+    error: no weights in the model folder `model`
       --> c.yaml:7:19
-    hint: it needs `model.safetensors`, or `model.safetensors.index.json` and the files that names
+    hint: it needs `model.safetensors`, or `model.safetensors.index.json` and the files that names; files under other names are listed in `checkpointer.checkpoint_files`
     ");
     assert_snapshot!(case.validate(&["checkpointer.checkpoint_files=[model-1.safetensors]"]), @"
     exit 2

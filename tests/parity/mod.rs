@@ -4,6 +4,8 @@
 //! Tolerances: 1e-5 absolute on an fp32 loss, where torchtune and PEFT differ from each other by 8e-7 over 30 steps; 1e-2
 //! in bf16, where bf16 and fp32 of one implementation differ by 4e-3.
 
+use std::path::Path;
+
 use host::config::plan::{Dtype, Layout, TrainPlan};
 use host_rank::generate::{Sampling, continue_tokens};
 use host_rank::train::Opened;
@@ -163,4 +165,57 @@ fn sampling_follows_the_distribution() {
         assert!((share - weight / total).abs() < 0.014, "token {token}: {share} of {}", weight / total);
     }
     assert!(drawn.iter().all(|token| [0, 1, 3].contains(token)));
+}
+
+/// Small random models of every family: transformers' logits, `1e-4 · max(1, |logit|)` as in the numbers contract, and the
+/// same ones with a KV cache (`tests/fixtures/families/generate.py`).
+#[test]
+fn logits_of_every_family_match_transformers() {
+    let families = support::fixtures().join("families");
+    let open = |dir: &Path, config: &Path| {
+        let folder = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(dir).unwrap().chain(
+            std::fs::read_dir(config)
+                .unwrap()
+                .filter(|entry| entry.as_ref().is_ok_and(|entry| entry.file_name() == "config.json")),
+        ) {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+        }
+        let plan = host::config::plan::ModelPlan {
+            checkpoint_dir: folder.path().to_owned(),
+            checkpoint_files: vec![],
+            lora: None,
+            adapter_dir: None,
+        };
+        Opened::open(&plan, 0, Kind::Float, Kind::Float, Device::Cpu).unwrap()
+    };
+    // Folder of the weights, folder of the config and the recorded logits.
+    let cases = ["llama2", "code_llama", "llama3", "llama3_1", "llama3_2", "llama_bias", "mistral", "qwen2", "qwen3"]
+        .map(|name| (name, name))
+        .into_iter()
+        .chain([("meta", "llama3_1"), ("bin", "qwen2")]);
+    for (weights, name) in cases {
+        let opened = open(&families.join(weights), &families.join(name));
+        let recorded: std::collections::HashMap<_, _> =
+            Tensor::read_safetensors(families.join(name).join("logits.safetensors")).unwrap().into_iter().collect();
+        let (tokens, theirs) = (Vec::<i64>::try_from(&recorded["tokens"]).unwrap(), &recorded["logits"]);
+        let ours = host_rank::logits::of(&opened, &tokens).unwrap();
+        let distance = ((&ours - theirs).abs() / theirs.abs().clamp_min(1.0)).max().double_value(&[]);
+        println!("{weights}: {distance:.1e}");
+        assert!(distance < 1e-4, "{weights}: logits differ by {distance:e}");
+        assert!(theirs.std(true).double_value(&[]) > 0.1, "{name}: the recorded logits say nothing");
+
+        let greedy = Sampling { temperature: 0.0, top_k: None };
+        let continued = |cached| {
+            let mut made = Vec::new();
+            let keep = |token| {
+                made.push(token);
+                Ok(true)
+            };
+            continue_tokens(&opened.model, &tokens[..20], greedy, 12, cached, Device::Cpu, keep).unwrap();
+            made
+        };
+        assert_eq!(continued(true), continued(false), "{weights}: the KV cache changes what is written");
+    }
 }

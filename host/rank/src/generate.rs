@@ -100,7 +100,8 @@ pub fn run(plan: &GeneratePlan, env: &WorkerEnv, template: &dyn OpenTemplate, st
             .cause(format!("the prompt has token {token}, the model's vocabulary has {vocabulary} entries"))
             .hint("`tokenizer.path` should be the tokenizer.json that the model was trained with, in its own folder"));
     }
-    let positions = opened.model.config.max_position_embeddings;
+    let shape = &opened.model.config;
+    let positions = shape.sliding_window.unwrap_or(i64::MAX).min(shape.max_position_embeddings);
     if (prompt.len() as i64).saturating_add(plan.max_new_tokens as i64) > positions {
         let what = format!("the model has {positions} positions, too few for the prompt and `max_new_tokens`");
         return Err(Error::config(what)

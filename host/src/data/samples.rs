@@ -131,6 +131,11 @@ impl Tokenized {
         self.samples.tokens.iter().max().copied()
     }
 
+    /// Tokens of the longest sample.
+    pub fn max_len(&self) -> usize {
+        (0..self.len()).map(|index| self.length(index)).max().unwrap_or(0)
+    }
+
     /// Rows that became no sample, bad ones and those the template left out.
     pub fn skipped(&self) -> u64 {
         self.report.bad_rows + self.report.left_out

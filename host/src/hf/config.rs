@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
-/// A decoder of the Llama family.
+/// A decoder of the Llama family: Llama, Mistral, Qwen 2 and 3 differ in what the flags say.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
     pub architecture: String,
@@ -23,6 +23,14 @@ pub struct ModelConfig {
     pub rope_scaling: Option<RopeScaling>,
     pub max_position_embeddings: i64,
     pub tie_word_embeddings: bool,
+    /// Biases on the query, key and value projections.
+    pub qkv_bias: bool,
+    /// A bias on the output projection of attention.
+    pub o_bias: bool,
+    /// Each head's queries and keys are normalised before they are rotated.
+    pub qk_norm: bool,
+    /// Attention reaches this many tokens back; no longer sequence is computed.
+    pub sliding_window: Option<i64>,
 }
 
 /// Llama 3.1's stretching of the rotary frequencies (parity §3.2).
@@ -35,12 +43,22 @@ pub struct RopeScaling {
 }
 
 /// Architectures that `model::registry` builds.
-pub const ARCHITECTURES: &[&str] = &["LlamaForCausalLM"];
+pub const ARCHITECTURES: &[&str] = &["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"];
+
+/// The folder with a model's configs: the one with its weights, but for Meta's, which are in `original/` below it.
+pub fn config_folder(dir: &Path) -> &Path {
+    let above = dir.parent().filter(|above| {
+        dir.file_name().is_some_and(|name| name == "original")
+            && !dir.join("config.json").exists()
+            && above.join("config.json").exists()
+    });
+    above.unwrap_or(dir)
+}
 
 impl ModelConfig {
     /// Reads `dir/config.json`.
     pub fn read(dir: &Path) -> Result<Self> {
-        let path = dir.join("config.json");
+        let path = config_folder(dir).join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|error| {
             let what = format!("cannot read `config.json` of the model folder `{}`", dir.display());
             Error::config(what).cause(error).hint(
@@ -67,6 +85,8 @@ impl Reader<'_> {
     fn model(&self) -> Result<ModelConfig> {
         let architecture = self.architecture()?;
         self.refuse_unread()?;
+        let (qwen2, qwen3) = (architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM");
+        let attention_bias = self.flag("attention_bias")?;
         let hidden_size = self.positive("hidden_size")?;
         let num_heads = self.positive("num_attention_heads")?;
         let num_kv_heads = self.optional_positive("num_key_value_heads")?.unwrap_or(num_heads);
@@ -100,7 +120,16 @@ impl Reader<'_> {
             rope_scaling: self.rope_scaling()?,
             max_position_embeddings: self.optional_positive("max_position_embeddings")?.unwrap_or(2048),
             tie_word_embeddings: self.flag("tie_word_embeddings")?,
+            qkv_bias: qwen2 || attention_bias,
+            o_bias: !qwen2 && attention_bias,
+            qk_norm: qwen3,
+            sliding_window: self.sliding_window(qwen2 || qwen3)?,
         })
+    }
+
+    /// Mistral's window is on when it has a size; Qwen's only with `use_sliding_window`.
+    fn sliding_window(&self, by_flag: bool) -> Result<Option<i64>> {
+        if by_flag && !self.flag("use_sliding_window")? { Ok(None) } else { self.optional_positive("sliding_window") }
     }
 
     fn architecture(&self) -> Result<String> {
@@ -116,10 +145,8 @@ impl Reader<'_> {
 
     /// What the Llama block does not compute must be absent or off: nothing is dropped in silence.
     fn refuse_unread(&self) -> Result<()> {
-        for key in ["attention_bias", "mlp_bias"] {
-            if self.flag(key)? {
-                return Err(Error::config(format!("`{key}: true` is not built for this architecture yet")));
-            }
+        if self.flag("mlp_bias")? {
+            return Err(Error::config("`mlp_bias: true` is not built for this architecture yet"));
         }
         match self.0.get("hidden_act").and_then(Value::as_str) {
             None | Some("silu") => Ok(()),
@@ -232,7 +259,7 @@ mod tests {
     #[test]
     fn refuses_what_it_would_have_to_ignore() {
         let message = |rest: &str| parse(rest).unwrap_err().message;
-        assert!(message(r#", "attention_bias": true"#).contains("attention_bias"));
+        assert!(message(r#", "mlp_bias": true"#).contains("mlp_bias"));
         assert!(message(r#", "hidden_act": "gelu""#).contains("gelu"));
         assert!(message(r#", "rope_scaling": {"rope_type": "yarn"}"#).contains("yarn"));
         assert!(message(r#", "head_dim": 0"#).contains("head_dim"));

@@ -1,7 +1,9 @@
-//! Hugging Face model folders: `config.json` and the safetensors files beside it. Reads headers only; no tensor data.
+//! Model folders: `config.json` and the weight files beside it, safetensors or PyTorch's. Reads headers only; no tensor data.
 
 pub mod config;
+mod meta;
+pub mod torch_file;
 pub mod weights;
 
-pub use config::{ModelConfig, RopeScaling};
+pub use config::{ModelConfig, RopeScaling, config_folder};
 pub use weights::{TensorEntry, WeightIndex};

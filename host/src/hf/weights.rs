@@ -1,4 +1,4 @@
-//! Which tensor lies where: the headers of a model folder's safetensors files, checked against the files' sizes.
+//! Which tensor lies where: the headers of a model folder's weight files, checked against the files' sizes.
 //!
 //! The header is read and validated here; the data is mapped by the worker. A file shorter or longer than its header
 //! says, a name in two files, or an index that names a missing file is an error before anything is allocated.
@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
+use super::{meta, torch_file};
 use crate::error::{Error, IoContext, Result};
 
 /// Longest safetensors header accepted: the format's own limit.
@@ -26,6 +27,9 @@ pub struct TensorEntry {
     /// Byte range in the file.
     pub start: usize,
     pub end: usize,
+    /// The rows of each head are stored as Meta does, the two halves of a rotary pair side by side; the Hugging Face layout
+    /// has all first halves, then all second ones.
+    pub paired_rows: bool,
 }
 
 /// Every tensor of a model folder by checkpoint name.
@@ -36,15 +40,33 @@ pub struct WeightIndex {
 }
 
 impl WeightIndex {
-    /// Reads the headers of `files` in `dir`; with no names given, of the files the folder's own index lists, else of
-    /// `model.safetensors`.
+    /// Reads the headers of `files` in `dir`; with no names given, of the files the folder's own index lists, else of its
+    /// single weight file.
     pub fn open(dir: &Path, files: &[String]) -> Result<Self> {
         let names = if files.is_empty() { listed_files(dir)? } else { files.to_vec() };
         let mut index = Self { files: Vec::new(), tensors: BTreeMap::new() };
         for name in names {
-            index.add(dir.join(name))?;
+            let path = dir.join(name);
+            if torch_file::is_zip(&path) { index.add_torch(path)? } else { index.add(path)? }
         }
+        meta::rename(&mut index.tensors);
         Ok(index)
+    }
+
+    fn add_torch(&mut self, path: PathBuf) -> Result<()> {
+        let file = self.files.len();
+        for tensor in torch_file::tensors(&path)? {
+            let torch_file::Stored { name, dtype, shape, start, end } = tensor;
+            self.insert(name, TensorEntry { file, dtype, shape, start, end, paired_rows: false }, &path)?;
+        }
+        self.files.push(path);
+        Ok(())
+    }
+
+    fn insert(&mut self, name: String, entry: TensorEntry, path: &Path) -> Result<()> {
+        let Some(other) = self.tensors.insert(name.clone(), entry) else { return Ok(()) };
+        let first = self.files.get(other.file).map_or(path, PathBuf::as_path);
+        Err(Error::config(format!("the tensor `{name}` is in two files")).at_file(first).at_file(path))
     }
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
@@ -58,12 +80,9 @@ impl WeightIndex {
                 shape: info.shape.clone(),
                 start: data_start + start,
                 end: data_start + end,
+                paired_rows: false,
             };
-            if let Some(other) = self.tensors.insert(name.clone(), entry) {
-                let first = self.files.get(other.file).unwrap_or(&path);
-                let what = format!("the tensor `{name}` is in two files");
-                return Err(Error::config(what).at_file(first).at_file(&path));
-            }
+            self.insert(name, entry, &path)?;
         }
         self.files.push(path);
         Ok(())
@@ -81,16 +100,20 @@ impl WeightIndex {
     }
 }
 
-/// The files `model.safetensors.index.json` names, in order, or the single `model.safetensors`.
+/// The files an index names, in order, or the single weight file; safetensors before PyTorch's own.
 fn listed_files(dir: &Path) -> Result<Vec<String>> {
-    let index = dir.join("model.safetensors.index.json");
-    if !index.exists() {
-        if dir.join("model.safetensors").exists() {
-            return Ok(vec!["model.safetensors".to_owned()]);
+    let first = |names: [&str; 2]| names.into_iter().map(|name| dir.join(name)).find(|path| path.exists());
+    let Some(index) = first(["model.safetensors.index.json", "pytorch_model.bin.index.json"]) else {
+        let single =
+            first(["model.safetensors", "pytorch_model.bin"]).or_else(|| first(["consolidated.00.pth", "model.bin"]));
+        if let Some(name) = single.as_ref().and_then(|path| path.file_name()) {
+            return Ok(vec![name.to_string_lossy().into_owned()]);
         }
-        return Err(Error::config(format!("no safetensors weights in the model folder `{}`", dir.display()))
-            .hint("it needs `model.safetensors`, or `model.safetensors.index.json` and the files that names"));
-    }
+        return Err(Error::config(format!("no weights in the model folder `{}`", dir.display())).hint(
+            "it needs `model.safetensors`, or `model.safetensors.index.json` and the files that names; files under other \
+             names are listed in `checkpointer.checkpoint_files`",
+        ));
+    };
     let text = std::fs::read_to_string(&index).path_context("read", &index)?;
     let bad = |cause: String| Error::config("the weight index cannot be used").at_file(&index).cause(cause);
     let value: serde_json::Value = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;

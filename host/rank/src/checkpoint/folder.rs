@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use host::Result;
 use host::config::plan::{CheckpointPlan, ModelPlan};
 use host::error::IoContext;
+use host::hf::config_folder;
 use tch::Kind;
 
 use crate::adapter::{LoraAdapter, peft};
@@ -43,7 +44,7 @@ impl Saver {
             // A resumed run prunes what it finds as well: the limit is the folder's.
             written: if plan.resume { existing(&plan.output_dir)? } else { vec![] },
             plan: plan.clone(),
-            checkpoint_dir: model.checkpoint_dir.clone(),
+            checkpoint_dir: config_folder(&model.checkpoint_dir).to_owned(),
             kind,
             record,
             resolved_yaml: yaml.to_owned(),

@@ -70,6 +70,8 @@ pub struct Attention {
     pub k: Linear,
     pub v: Linear,
     pub o: Linear,
+    /// Norms of each head's queries and keys, before they are rotated (Qwen 3).
+    pub qk_norm: Option<(RmsNorm, RmsNorm)>,
     pub num_heads: i64,
     pub num_kv_heads: i64,
     pub head_dim: i64,
@@ -81,8 +83,12 @@ impl Attention {
     pub fn mix(&self, x: &Tensor, forward: &Forward, cache: Option<(&mut KvCache, usize)>) -> Result<Tensor> {
         let tokens = x.size()[0];
         let heads = |y: Tensor, count: i64| y.view([tokens, count, self.head_dim]); // [T, N, H]
-        let q = heads(self.q.forward(x, forward)?, self.num_heads);
-        let k = heads(self.k.forward(x, forward)?, self.num_kv_heads);
+        let mut q = heads(self.q.forward(x, forward)?, self.num_heads);
+        let mut k = heads(self.k.forward(x, forward)?, self.num_kv_heads);
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            let each = |norm: &RmsNorm, y: &Tensor| Ok(norm.forward(&y.view([-1, self.head_dim]))?.view_as(y));
+            (q, k) = (each(q_norm, &q)?, each(k_norm, &k)?);
+        }
         let v = heads(self.v.forward(x, forward)?, self.num_kv_heads);
         let q = autograd::rope(&q, &forward.cos, &forward.sin).torch("rotate queries")?;
         let k = autograd::rope(&k, &forward.cos, &forward.sin).torch("rotate keys")?;

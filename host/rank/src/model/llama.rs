@@ -1,4 +1,5 @@
-//! The Llama family: pre-norm decoder, RMSNorm, rotary grouped-query attention, gated MLP.
+//! The Llama family: pre-norm decoder, RMSNorm, rotary grouped-query attention, gated MLP. Mistral and Qwen 2 and 3 are it
+//! too, with biases or norms on queries and keys where `config.json` says so.
 
 use host::Result;
 use host::hf::ModelConfig;
@@ -65,9 +66,9 @@ impl Llama {
             .map(|index| Layer::build(config, &model.pp("layers").pp(index)))
             .collect::<Result<_>>()?;
         let head = if config.tie_word_embeddings {
-            root.linear_of("lm_head", embedding.shallow_clone())?
+            root.linear_of("lm_head", embedding.shallow_clone(), None)?
         } else {
-            root.linear("lm_head", config.hidden_size, config.vocab_size)?
+            root.linear("lm_head", config.hidden_size, config.vocab_size, false)?
         };
         let norm = model.rms_norm("norm", config.hidden_size, config.rms_norm_eps)?;
         Ok(Self { config: config.clone(), embedding, layers, norm, head: Head(head), rope: root.rope(config) })
@@ -124,19 +125,25 @@ impl Layer {
         Ok(Self {
             attention_norm: layer.rms_norm("input_layernorm", hidden, eps)?,
             attention: Attention {
-                q: attention.linear("q_proj", hidden, queries)?,
-                k: attention.linear("k_proj", hidden, keys)?,
-                v: attention.linear("v_proj", hidden, keys)?,
-                o: attention.linear("o_proj", queries, hidden)?,
+                q: attention.linear("q_proj", hidden, queries, config.qkv_bias)?,
+                k: attention.linear("k_proj", hidden, keys, config.qkv_bias)?,
+                v: attention.linear("v_proj", hidden, keys, config.qkv_bias)?,
+                o: attention.linear("o_proj", queries, hidden, config.o_bias)?,
+                qk_norm: if config.qk_norm {
+                    let norm = |name| attention.rms_norm(name, config.head_dim, eps);
+                    Some((norm("q_norm")?, norm("k_norm")?))
+                } else {
+                    None
+                },
                 num_heads: config.num_heads,
                 num_kv_heads: config.num_kv_heads,
                 head_dim: config.head_dim,
             },
             mlp_norm: layer.rms_norm("post_attention_layernorm", hidden, eps)?,
             mlp: Mlp {
-                gate: mlp.linear("gate_proj", hidden, ffn)?,
-                up: mlp.linear("up_proj", hidden, ffn)?,
-                down: mlp.linear("down_proj", ffn, hidden)?,
+                gate: mlp.linear("gate_proj", hidden, ffn, false)?,
+                up: mlp.linear("up_proj", hidden, ffn, false)?,
+                down: mlp.linear("down_proj", ffn, hidden, false)?,
             },
         })
     }

@@ -1,6 +1,6 @@
 //! A checkpoint's tensors, mapped and converted straight to the dtype and device they are used in.
 
-use host::hf::{TensorEntry, WeightIndex};
+use host::hf::{ModelConfig, TensorEntry, WeightIndex};
 use host::{Error, Result};
 use host_ffi::mmap::{self, MappedFile};
 use safetensors::Dtype;
@@ -12,6 +12,8 @@ use crate::torch::TorchContext;
 pub struct Weights {
     pub index: WeightIndex,
     files: Vec<MappedFile>,
+    /// Of the model, where rows may be stored in pairs.
+    head_dim: i64,
 }
 
 impl Weights {
@@ -21,7 +23,12 @@ impl Weights {
             .iter()
             .map(|path| MappedFile::open(path).torch(format!("map `{}`", path.display())))
             .collect::<Result<_>>()?;
-        Ok(Self { index, files })
+        Ok(Self { index, files, head_dim: 0 })
+    }
+
+    /// Opens a model's weights, in the Hugging Face layout whatever layout they are stored in.
+    pub fn of_model(index: WeightIndex, config: &ModelConfig) -> Result<Self> {
+        Ok(Self { head_dim: config.head_dim, ..Self::open(index)? })
     }
 
     /// Checks that every tensor is of a type that is read, those that a model does not ask for included: all of them are
@@ -73,7 +80,23 @@ impl Weights {
         let source = self.kind(name, entry)?;
         let bytes = &self.files[entry.file][entry.start..entry.end];
         let tensor = mmap::tensor_from_bytes(source, &shape, bytes, kind).torch(format!("read `{name}`"))?;
+        let tensor = if entry.paired_rows { self.split_pairs(name, tensor)? } else { tensor };
         Ok(tensor.to_device(device))
+    }
+
+    /// Rows `(pair, half)` of each head to `(half, pair)`: Meta's layout to Hugging Face's (parity §3.4).
+    fn split_pairs(&self, name: &str, tensor: Tensor) -> Result<Tensor> {
+        let size = tensor.size();
+        match size[..] {
+            [rows, columns] if self.head_dim > 0 && rows % self.head_dim == 0 => {
+                let heads = tensor.view([rows / self.head_dim, self.head_dim / 2, 2, columns]);
+                Ok(heads.transpose(1, 2).reshape([rows, columns]))
+            }
+            _ => Err(Error::config(format!(
+                "`{name}` has shape {size:?}, no multiple of the head size {}",
+                self.head_dim
+            ))),
+        }
     }
 }
 

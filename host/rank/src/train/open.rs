@@ -62,7 +62,7 @@ impl Opened {
         device: Device,
     ) -> Result<Self> {
         let config = ModelConfig::read(&plan.checkpoint_dir)?;
-        let weights = Weights::open(WeightIndex::open(&plan.checkpoint_dir, &plan.checkpoint_files)?)?;
+        let weights = Weights::of_model(WeightIndex::open(&plan.checkpoint_dir, &plan.checkpoint_files)?, &config)?;
         weights.check_types()?;
         let lora = match (&plan.lora, &plan.adapter_dir) {
             (Some(lora), Some(dir)) => {
@@ -136,7 +136,7 @@ impl Run {
             return Err(Error::config("the model section describes nothing to train")
                 .hint("name a LoRA component, such as `lora_smollm2_135m`; full fine-tuning is not built yet"));
         };
-        check_vocabulary(&opened.model.config, &tokens)?;
+        check_fit(&opened.model.config, &tokens)?;
         // Padding is never looked at; a padding token that was added past the embedding must not be looked up either.
         let pad = if tokens.pad < opened.model.config.vocab_size { tokens.pad } else { 0 };
         let mut optimizer = AdamW::new(&plan.optimizer, &adapter.flat);
@@ -263,15 +263,24 @@ fn steps_per_epoch(plan: &TrainPlan, data: &Tokenized, position: &Position) -> R
 }
 
 /// A token beyond the embedding would read past its end.
-fn check_vocabulary(config: &ModelConfig, tokens: &Tokens) -> Result<()> {
-    let sets = std::iter::once(&tokens.training).chain(&tokens.validation);
-    let largest = sets.filter_map(Tokenized::max_token).max().unwrap_or(0);
-    if i64::from(largest) < config.vocab_size {
-        return Ok(());
+/// Whether the model can compute the data: its tokens are in the vocabulary, its samples within reach of attention.
+fn check_fit(config: &ModelConfig, tokens: &Tokens) -> Result<()> {
+    let sets = || std::iter::once(&tokens.training).chain(&tokens.validation);
+    let largest = sets().filter_map(Tokenized::max_token).max().unwrap_or(0);
+    if i64::from(largest) >= config.vocab_size {
+        return Err(Error::config("the tokenizer does not belong to this model")
+            .cause(format!("the data has token {largest}, the model's vocabulary has {} entries", config.vocab_size))
+            .hint("`tokenizer.path` should be the tokenizer.json in the model's own folder"));
     }
-    Err(Error::config("the tokenizer does not belong to this model")
-        .cause(format!("the data has token {largest}, the model's vocabulary has {} entries", config.vocab_size))
-        .hint("`tokenizer.path` should be the tokenizer.json in the model's own folder"))
+    let longest = sets().map(Tokenized::max_len).max().unwrap_or(0);
+    match config.sliding_window {
+        Some(window) if longest as i64 > window => {
+            let what = format!("a sample has {longest} tokens, and this model's attention slides over {window}");
+            Err(Error::config(what)
+                .hint(format!("sliding is not built yet: set `tokenizer.max_seq_len` to {window} at most")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The checkpoint to go on from.

@@ -47,11 +47,12 @@ fn checkpoint_files(section: &Section<'_>) -> Found<Vec<String>> {
         })?,
         _ => return Err(fail()),
     };
-    match files.iter().find(|file| !file.ends_with(".safetensors")) {
+    let is_read = |file: &String| [".safetensors", ".bin", ".pt", ".pth"].iter().any(|end| file.ends_with(end));
+    match files.iter().find(|file| !is_read(file)) {
         Some(file) => Err(section.fail(
             "checkpoint_files",
-            format!("the weight file `{file}` is not safetensors, and only those are read yet"),
-            "take the model's safetensors files",
+            format!("the weight file `{file}` is neither safetensors nor PyTorch's"),
+            "files read end in .safetensors, .bin, .pt or .pth",
         )),
         None => Ok(files),
     }

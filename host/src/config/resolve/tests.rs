@@ -260,7 +260,7 @@ fn keys_that_need_each_other() {
     check_mistake(&["clip_grad_norm=-1"], "must be a number above 0");
     check_mistake(&["model.lora_dropout=1.0"], "leaves nothing");
     check_mistake(&["seed=4294967296"], "a whole number from 0 to 4294967295");
-    check_mistake(&["checkpointer.checkpoint_files=[a.bin]"], "is not safetensors");
+    check_mistake(&["checkpointer.checkpoint_files=[a.gguf]"], "is neither safetensors nor");
 }
 
 #[test]
