@@ -57,6 +57,32 @@ fn both_fronts_summarise_alike() {
     assert_eq!(wasm[0], Outcome::Fail("the row has no `input`".into()));
 }
 
+/// The literal texts of torchtune's templates (parity §5.3).
+#[test]
+fn shipped_templates_use_torchtunes_words() {
+    let limits = GuestLimits::default();
+    let asked = |name: &str, columns: &[&str], cells: &[Option<&str>]| {
+        let mut template = open(&format!("templates/{name}.rhai"), &limits, columns).unwrap();
+        let Outcome::Keep(messages) = template.render(&[row(0, cells)]).unwrap().remove(0) else {
+            panic!("`{name}` keeps the row")
+        };
+        assert_eq!(messages[1], message(Role::Assistant, &["answer"], None), "{name}");
+        messages[0].parts.concat()
+    };
+    let pair = |name| asked(name, &["input", "output"], &[Some("text"), Some("answer")]);
+    assert_eq!(pair("grammar"), "Correct this to standard English: text\n---\nCorrected: ");
+    assert_eq!(pair("question_answer"), "Question: text\n\nAnswer: ");
+    let alpaca = |input| asked("alpaca", &["instruction", "input", "output"], &[Some("do"), input, Some("answer")]);
+    assert_eq!(
+        alpaca(Some("text")),
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a \
+         response that appropriately completes the request.\n\n### Instruction:\ndo\n\n### Input:\ntext\n\n### Response:\n"
+    );
+    let without = "Below is an instruction that describes a task. Write a response that appropriately completes the \
+                   request.\n\n### Instruction:\ndo\n\n### Response:\n";
+    assert_eq!((alpaca(Some("")).as_str(), alpaca(None).as_str()), (without, without));
+}
+
 #[test]
 fn columns_come_in_any_order() {
     for path in ["templates/summarize.wasm", "templates/summarize.rhai"] {

@@ -47,6 +47,7 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
         format: DataFormat::Jsonl,
         split: "train".into(),
         column_map: vec![],
+        template: None,
         train_on_input: false,
         on_bad_row: OnBadRow::Error,
         cache_dir: output_dir.join("cache"),
@@ -171,8 +172,13 @@ pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port:
         report: None,
     };
     let group = Group::join(&env).unwrap();
-    let inputs =
-        Inputs { env, template: Arc::new(PlainTemplate), stop: StopFlag::default(), recipe_digest: "test".into() };
+    let inputs = Inputs {
+        env,
+        template: Arc::new(PlainTemplate),
+        template_val: None,
+        stop: StopFlag::default(),
+        recipe_digest: "test".into(),
+    };
     let tokens = Tokens { training: Tokenized::from_samples(rows), validation: None, pad: 4090 };
     Run::with_data(plan, inputs, tokens, Device::Cpu, group).unwrap()
 }

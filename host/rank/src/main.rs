@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use host::config::plan::{GeneratePlan, GuestLimits, GuestRef, Plan, TrainPlan};
-use host::data::template::{OpenTemplate, PlainTemplate};
+use host::config::plan::{DatasetPlan, GeneratePlan, GuestLimits, GuestRef, Plan, TrainPlan};
+use host::data::template::{Joined, OpenTemplate, PlainTemplate};
 use host::error::Kind;
 use host::worker::{self, StopFlag, WorkerEnv};
 use host::{Error, Result};
@@ -74,7 +74,8 @@ fn train(plan: TrainPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
     let recipe = script::Recipe::load(&plan.recipe, &plan.limits)?;
     let inputs = train::Inputs {
         env: env.clone(),
-        template: template(plan.tokenizer.prompt_template.as_ref(), &plan.limits)?,
+        template: dataset_template(&plan.dataset, &plan)?,
+        template_val: plan.dataset_val.as_ref().map(|dataset| dataset_template(dataset, &plan)).transpose()?,
         stop: stop.clone(),
         recipe_digest: recipe.digest().to_owned(),
     };
@@ -92,6 +93,13 @@ fn generate(plan: &GeneratePlan, env: &WorkerEnv, stop: &StopFlag) -> Result<()>
     logging("INFO", env);
     let template = template(plan.tokenizer.prompt_template.as_ref(), &plan.limits)?;
     generate::run(plan, env, template.as_ref(), stop)
+}
+
+/// A data set's own template, else the tokenizer section's.
+fn dataset_template(dataset: &DatasetPlan, plan: &TrainPlan) -> Result<Arc<dyn OpenTemplate + Send + Sync>> {
+    let own = dataset.template.as_ref();
+    let opened = template(own.map(|own| &own.guest).or(plan.tokenizer.prompt_template.as_ref()), &plan.limits)?;
+    Ok(if own.is_some_and(|own| own.joined) { Arc::new(Joined(opened)) } else { opened })
 }
 
 fn template(guest: Option<&GuestRef>, limits: &GuestLimits) -> Result<Arc<dyn OpenTemplate + Send + Sync>> {

@@ -46,8 +46,7 @@ impl Config {
 
     pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Self> {
         let mut root = yaml::parse_config(text, path)?;
-        let mut mistakes: Vec<Error> =
-            overrides.iter().filter_map(|argument| overrides::apply(&mut root, argument).err()).collect();
+        let mut mistakes = overrides::apply(&mut root, overrides);
         let (root, broken) = interpolate::resolve(&root);
         mistakes.extend(broken.into_iter().map(|mistake| {
             let error = yaml::locate(Error::config(mistake.message), path, mistake.mark);

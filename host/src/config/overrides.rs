@@ -7,8 +7,8 @@ use std::path::Path;
 
 use serde_yaml::Value;
 
-use super::suggest;
 use super::yaml::{self, Entry, Mark, Node, Tree};
+use super::{registry, suggest};
 use crate::error::{Error, Result};
 
 enum Override<'a> {
@@ -16,12 +16,37 @@ enum Override<'a> {
     Delete { path: &'a str },
 }
 
-/// Applies one override to the tree.
-pub fn apply(root: &mut Node, argument: &str) -> Result<()> {
-    match parse(argument)? {
-        Override::Set { path, value } => set(root, path, value, argument),
-        Override::Delete { path } => delete(root, path, argument),
+/// Applies overrides to the tree, in order; returns the mistakes.
+pub fn apply(root: &mut Node, arguments: &[String]) -> Vec<Error> {
+    let mut mistakes = Vec::new();
+    let mut replaced = Vec::new();
+    for argument in arguments {
+        let applied = parse(argument).and_then(|parsed| match parsed {
+            Override::Set { path, value } => {
+                replaced.extend(value.as_str().is_some().then_some(path));
+                set(root, path, value, argument)
+            }
+            Override::Delete { path } => delete(root, path, argument),
+        });
+        mistakes.extend(applied.err());
     }
+    // Last, because a key may be deleted that goes with its component.
+    for path in replaced {
+        drop_stale(root, path);
+    }
+    mistakes
+}
+
+/// What the file says for a component that the command line replaced stays only where the new one has such a key: an
+/// optimizer keeps its `lr`, a data set loses the columns of the old one. torchtune keeps all, and stumbles over the rest.
+fn drop_stale(root: &mut Node, path: &str) {
+    let Some(Tree::Map(entries)) = at_mut(root, path).map(|node| &mut node.tree) else { return };
+    let name = entries.iter().find(|entry| entry.key == "_component_").and_then(|entry| entry.value.as_str());
+    let Some(component) = name.and_then(registry::component) else { return };
+    entries.retain(|entry| {
+        let name = entry.key.as_str();
+        name == "_component_" || entry.key_mark == Mark::CommandLine || component.key(name).is_some()
+    });
 }
 
 fn fail(argument: &str, message: impl Into<String>) -> Error {
@@ -199,7 +224,8 @@ mod tests {
 
     fn applied(arguments: &[&str]) -> Result<Node> {
         let mut root = yaml::parse(CONFIG, Path::new("c.yaml")).unwrap();
-        arguments.iter().try_for_each(|argument| apply(&mut root, argument)).map(|()| root)
+        let arguments: Vec<String> = arguments.iter().map(|argument| argument.to_string()).collect();
+        Error::all(apply(&mut root, &arguments)).map_or(Ok(root), Err)
     }
 
     #[track_caller]
@@ -237,6 +263,10 @@ mod tests {
     #[test]
     fn a_text_on_a_component_names_another() {
         check(&["model=other"], "model", "{_component_: other, rank: 8}");
+        // What a component that is known has no key for goes; what the command line set stays for `verify` to judge.
+        check(&["model=lora_llama", "model.lora_rank=4"], "model", "{_component_: lora_llama, lora_rank: 4}");
+        check(&["model.x=1", "model=lora_llama"], "model", "{_component_: lora_llama, x: 1}");
+        check(&["model=lora_llama", "~model.rank"], "model", "{_component_: lora_llama}");
         check(&["model={_component_: other}"], "model", "{_component_: other}");
         check(&["model=null"], "model", "null");
         check(&["nested=text"], "nested", "text");

@@ -131,10 +131,19 @@ pub struct DatasetPlan {
     pub split: String,
     /// Expected name (`input`, `output`) to column in the data.
     pub column_map: Vec<(String, String)>,
+    /// The data set's own template, instead of the tokenizer section's.
+    pub template: Option<TemplatePlan>,
     pub train_on_input: bool,
     pub on_bad_row: OnBadRow,
     /// Where the tokenised rows are cached.
     pub cache_dir: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplatePlan {
+    pub guest: GuestRef,
+    /// A message's parts become one text before they are tokens, as in torchtune v0.2.1, which formats one string.
+    pub joined: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

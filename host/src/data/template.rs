@@ -52,6 +52,38 @@ pub trait OpenTemplate: Sync {
     fn digest(&self) -> String;
 }
 
+/// A template whose messages are one text each before they become tokens.
+pub struct Joined<T>(pub T);
+
+impl<T: AsRef<dyn OpenTemplate + Send + Sync> + Sync> OpenTemplate for Joined<T> {
+    fn open(&self) -> Result<Box<dyn RowTemplate>> {
+        Ok(Box::new(JoinedRows(self.0.as_ref().open()?)))
+    }
+
+    fn digest(&self) -> String {
+        format!("joined {}", self.0.as_ref().digest())
+    }
+}
+
+struct JoinedRows(Box<dyn RowTemplate>);
+
+impl RowTemplate for JoinedRows {
+    fn configure(&mut self, columns: &[String]) -> Result<()> {
+        self.0.configure(columns)
+    }
+
+    fn render(&mut self, rows: &[Row]) -> Result<Vec<Outcome>> {
+        let mut outcomes = self.0.render(rows)?;
+        for outcome in &mut outcomes {
+            let Outcome::Keep(messages) = outcome else { continue };
+            for message in messages {
+                message.parts = vec![message.parts.concat()];
+            }
+        }
+        Ok(outcomes)
+    }
+}
+
 /// No template: the input is the user's message, the output the assistant's.
 pub struct PlainTemplate;
 

@@ -87,6 +87,7 @@ impl Case {
             column_map: [("input", "document"), ("output", "summary")]
                 .map(|(a, b)| (a.to_owned(), b.to_owned()))
                 .to_vec(),
+            template: None,
             train_on_input: false,
             on_bad_row: OnBadRow::Error,
             cache_dir: folder.path().join("cache"),

@@ -103,7 +103,8 @@ fn cache_key(
     template: &dyn OpenTemplate,
 ) -> String {
     // Without `..`, so that a new key of the section has to be thought of here.
-    let DatasetPlan { files: _, format, split: _, column_map, train_on_input, on_bad_row, cache_dir: _ } = plan;
+    let DatasetPlan { files: _, format, split: _, column_map, template: _, train_on_input, on_bad_row, cache_dir: _ } =
+        plan;
     let rows: Vec<_> = pieces.iter().map(|(file, range)| (&file.digest, range)).collect();
     cache::key(&[
         &format!("{format:?} {rows:?}"),

@@ -30,6 +30,8 @@ use crate::{device, torch};
 pub struct Inputs {
     pub env: WorkerEnv,
     pub template: Arc<dyn OpenTemplate + Send + Sync>,
+    /// The validation set's.
+    pub template_val: Option<Arc<dyn OpenTemplate + Send + Sync>>,
     pub stop: StopFlag,
     /// The recipe's content, recorded beside checkpoints.
     pub recipe_digest: String,
@@ -104,8 +106,8 @@ impl Run {
         let tokenizer = Tokenizer::open(&plan.tokenizer.path)?;
         // Ranks of one machine share what the first of them caches; when that fails, the others need not read all rows to
         // find the same mistake.
-        let load = |rows: &DatasetPlan| {
-            let prepare = || data::prepare(rows, &plan.tokenizer, &tokenizer, inputs.template.as_ref());
+        let load = |rows: &DatasetPlan, template: &Arc<dyn OpenTemplate + Send + Sync>| {
+            let prepare = || data::prepare(rows, &plan.tokenizer, &tokenizer, template.as_ref());
             let made = (inputs.env.local_rank == 0).then(prepare);
             let failed = group.which(matches!(made, Some(Err(_))))?;
             match made {
@@ -114,8 +116,9 @@ impl Run {
                 None => Err(dist::stopped("the data could not be read")),
             }
         };
-        let training = load(&plan.dataset)?;
-        let validation = plan.dataset_val.as_ref().map(load).transpose();
+        let training = load(&plan.dataset, &inputs.template)?;
+        let validation = plan.dataset_val.as_ref().zip(inputs.template_val.as_ref());
+        let validation = validation.map(|(rows, template)| load(rows, template)).transpose();
         let validation = validation.map_err(|error| error.cause("these are the validation rows, `dataset_val`"))?;
         let tokens = Tokens { training, validation, pad: i64::from(tokenizer.pad()) };
         Self::with_data(plan, inputs, tokens, device, group)
@@ -262,7 +265,6 @@ fn steps_per_epoch(plan: &TrainPlan, data: &Tokenized, position: &Position) -> R
         .hint("lower `gradient_accumulation_steps` or `batch_size`, or take more rows with `dataset.split`"))
 }
 
-/// A token beyond the embedding would read past its end.
 /// Whether the model can compute the data: its tokens are in the vocabulary, its samples within reach of attention.
 fn check_fit(config: &ModelConfig, tokens: &Tokens) -> Result<()> {
     let sets = || std::iter::once(&tokens.training).chain(&tokens.validation);

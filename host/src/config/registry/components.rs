@@ -1,5 +1,7 @@
 //! The components: one row each, grouped by role.
 
+use std::sync::LazyLock;
+
 use super::keys::POSITIVE;
 use super::{Class, Component, Key, Role, Type, key, optional, refused, required};
 
@@ -24,11 +26,74 @@ const LORA: &[Key] = &[
     key("quantize_base", Type::Bool, "False", "A 4-bit base model.").fixed("a quantised base is not available yet"),
 ];
 
-/// The path of a builder below `torchtune.models`, the same in both versions.
-macro_rules! model {
-    ($name:literal, [$($alias:literal),*], $keys:expr, $doc:literal) => {
-        Component { role: Role::Model, name: $name, aliases: &[$($alias),*], keys: $keys, refused: None, doc: $doc }
-    };
+/// torchtune's builders by family and size. A name only says whether there are adapters; shapes come from the checkpoint's
+/// `config.json`, so a size that is not listed here runs under any name of its family.
+const MODELS: &[(&str, &[&str])] = &[
+    ("llama2", &["llama2_7b", "llama2_13b", "llama2_70b"]),
+    ("code_llama2", &["code_llama2_7b", "code_llama2_13b", "code_llama2_70b"]),
+    ("llama3", &["llama3_8b", "llama3_70b"]),
+    ("llama3_1", &["llama3_1_8b", "llama3_1_70b", "llama3_1_405b"]),
+    ("llama3_2", &["llama3_2_1b", "llama3_2_3b"]),
+    ("llama3_3", &["llama3_3_70b"]),
+    ("mistral", &["mistral_7b"]),
+    ("smollm2", &["smollm2_135m", "smollm2_360m", "smollm2_1_7b"]),
+    ("qwen2", &["qwen2_0_5b", "qwen2_1_5b", "qwen2_7b"]),
+    (
+        "qwen2_5",
+        &[
+            "qwen2_5_0_5b",
+            "qwen2_5_1_5b_base",
+            "qwen2_5_1_5b_instruct",
+            "qwen2_5_3b",
+            "qwen2_5_7b_base",
+            "qwen2_5_7b_instruct",
+            "qwen2_5_14b_base",
+            "qwen2_5_14b_instruct",
+            "qwen2_5_32b_base",
+            "qwen2_5_32b_instruct",
+            "qwen2_5_72b_base",
+            "qwen2_5_72b_instruct",
+        ],
+    ),
+    (
+        "qwen3",
+        &[
+            "qwen3_0_6b_base",
+            "qwen3_0_6b_instruct",
+            "qwen3_1_7b_base",
+            "qwen3_1_7b_instruct",
+            "qwen3_4b_base",
+            "qwen3_4b_instruct",
+            "qwen3_8b_base",
+            "qwen3_8b_instruct",
+            "qwen3_14b_base",
+            "qwen3_14b_instruct",
+            "qwen3_32b",
+        ],
+    ),
+];
+
+/// Every component: the models, and the rest.
+pub static ALL: LazyLock<Vec<Component>> = LazyLock::new(|| models().chain(OTHERS.iter().copied()).collect());
+
+fn models() -> impl Iterator<Item = Component> {
+    const WHOLE: &[&[Key]] = &[];
+    const WITH_ADAPTERS: &[&[Key]] = &[LORA];
+    let builders = MODELS.iter().flat_map(|(family, names)| names.iter().map(move |name| (Some(*family), *name)));
+    std::iter::once((None, "llama")).chain(builders).flat_map(|(family, name)| {
+        let component = move |prefix: &str, keys, refused: Option<&'static str>, doc: &str| {
+            let name: &'static str = format!("{prefix}{name}").leak();
+            let path = family.map(|family| -> &'static str { format!("torchtune.models.{family}.{name}").leak() });
+            let aliases: &'static [&'static str] = Vec::from_iter(path).leak();
+            Component { role: Role::Model, name, aliases, keys, refused, doc: format!("{name}, {doc}.").leak() }
+        };
+        const QUANTISED: &str = "a quantised base is not available yet; the `lora_` model of the same name is";
+        [
+            component("", WHOLE, None, "whole"),
+            component("lora_", WITH_ADAPTERS, None, "with adapters"),
+            component("qlora_", WHOLE, Some(QUANTISED), QUANTISED),
+        ]
+    })
 }
 
 const TOKENIZER: &[Key] = &[
@@ -41,16 +106,32 @@ const TOKENIZER: &[Key] = &[
     refused("merges_file", "merges are read from tokenizer.json"),
 ];
 
+const SOURCE: &str = "`json` or `parquet` with `data_files`, or a folder of train, validation and test files.";
+
 const INSTRUCT: &[Key] = &[
-    required(
-        "source",
-        Type::Text,
-        "`json` or `parquet` with `data_files`, or a folder of train, validation and test files.",
-    ),
+    required("source", Type::Text, SOURCE),
+    key("train_on_input", Type::Bool, "False", "Whether the prompt carries loss."),
+    optional("template", Type::Any, "v0.2.1: a template of this data set; its text is one piece."),
+    optional("max_seq_len", POSITIVE, "v0.2.1: what `tokenizer.max_seq_len` is now."),
+];
+
+const ALPACA: &[Key] = &[
+    key("source", Type::Text, "tatsu-lab/alpaca", SOURCE),
+    key("train_on_input", Type::Bool, "True", "Whether the prompt carries loss."),
+    optional("max_seq_len", POSITIVE, "v0.2.1: what `tokenizer.max_seq_len` is now."),
+];
+
+const ALPACA_CLEANED: &[Key] = &[
+    key("source", Type::Text, "yahma/alpaca-cleaned", SOURCE),
+    key("train_on_input", Type::Bool, "True", "Whether the prompt carries loss."),
+    optional("max_seq_len", POSITIVE, "v0.2.1: what `tokenizer.max_seq_len` is now."),
+];
+
+/// Of every data set.
+const ROWS: &[Key] = &[
     optional("data_files", Type::Any, "A file, a list of files, or a mapping of split to files."),
     key("split", Type::Text, "train", "Which rows: `train`, `train[:2000]`, `train[90%:]+test`."),
-    optional("column_map", Type::Any, "`input` and `output` to the columns of the data."),
-    key("train_on_input", Type::Bool, "False", "Whether the prompt carries loss."),
+    optional("column_map", Type::Any, "Names the template knows to the columns of the data."),
     key("on_bad_row", Type::OneOf(&["error", "skip"]), "error", "What a row that cannot be used does."),
     key("packed", Type::Bool, "False", "Samples packed to max_seq_len.")
         .fixed("packs are not built yet; `layout: varlen` already computes no padding"),
@@ -61,8 +142,6 @@ const INSTRUCT: &[Key] = &[
     refused("name", "subsets belong to hub data sets, which are not read yet"),
     refused("data_dir", "give `data_files`"),
     refused("revision", "revisions belong to hub data sets, which are not read yet"),
-    refused("template", "it is `tokenizer.prompt_template` now"),
-    refused("max_seq_len", "it is `tokenizer.max_seq_len` now"),
 ];
 
 const CHECKPOINTER: &[Key] = &[
@@ -142,27 +221,16 @@ const PROFILER: &[Key] = &[
     optional("num_cycles", COUNT, "Rounds of tracing.").class(Class::Quiet(PROFILER_OFF)),
 ];
 
+const fn template(name: &'static str, aliases: &'static [&'static str], doc: &'static str) -> Component {
+    Component { role: Role::Template, name, aliases, keys: &[], refused: None, doc }
+}
+
 /// A component torchtune has and we refuse, with the reason.
 const fn not_yet(role: Role, name: &'static str, aliases: &'static [&'static str], why: &'static str) -> Component {
     Component { role, name, aliases, keys: &[], refused: Some(why), doc: why }
 }
 
-pub const ALL: &[Component] = &[
-    // Models: the name says whether there are adapters; shapes come from the checkpoint.
-    model!("llama", [], &[], "A Llama model, whole."),
-    model!("lora_llama", [], &[LORA], "A Llama model with adapters."),
-    model!("smollm2_135m", ["torchtune.models.smollm2.smollm2_135m"], &[], "SmolLM2 135M, whole."),
-    model!("lora_smollm2_135m", ["torchtune.models.smollm2.lora_smollm2_135m"], &[LORA], "SmolLM2 135M with adapters."),
-    model!("llama3_8b", ["torchtune.models.llama3.llama3_8b"], &[], "Llama 3 8B, whole."),
-    model!("lora_llama3_8b", ["torchtune.models.llama3.lora_llama3_8b"], &[LORA], "Llama 3 8B with adapters."),
-    model!("llama3_1_8b", ["torchtune.models.llama3_1.llama3_1_8b"], &[], "Llama 3.1 8B, whole."),
-    model!("lora_llama3_1_8b", ["torchtune.models.llama3_1.lora_llama3_1_8b"], &[LORA], "Llama 3.1 8B with adapters."),
-    not_yet(
-        Role::Model,
-        "qlora_llama3_1_8b",
-        &["torchtune.models.llama3_1.qlora_llama3_1_8b"],
-        "a quantised base is not available yet; use `lora_llama3_1_8b`",
-    ),
+const OTHERS: &[Component] = &[
     // Tokenizers.
     Component {
         role: Role::Tokenizer,
@@ -187,33 +255,62 @@ pub const ALL: &[Component] = &[
         refused: None,
         doc: "`Summarize this dialogue:` before the input, `Summary:` after it.",
     },
+    template(
+        "alpaca",
+        &["AlpacaInstructTemplate", "torchtune.data.AlpacaInstructTemplate"],
+        "Alpaca's preamble, `### Instruction:`, perhaps `### Input:`, and `### Response:`.",
+    ),
+    template(
+        "grammar",
+        &["GrammarErrorCorrectionTemplate", "torchtune.data.GrammarErrorCorrectionTemplate"],
+        "`Correct this to standard English:` before the input, `Corrected:` after it.",
+    ),
+    template(
+        "question_answer",
+        &[
+            "QuestionAnswerTemplate",
+            "torchtune.data.QuestionAnswerTemplate",
+            "StackExchangedPairedTemplate",
+            "torchtune.data.StackExchangedPairedTemplate",
+        ],
+        "`Question:` before the input, `Answer:` after it.",
+    ),
     // Data sets.
     Component {
         role: Role::Dataset,
         name: "instruct_dataset",
         aliases: &["torchtune.datasets.instruct_dataset"],
-        keys: &[INSTRUCT],
+        keys: &[INSTRUCT, ROWS],
         refused: None,
         doc: "Rows of an input and an output.",
     },
+    Component {
+        role: Role::Dataset,
+        name: "alpaca_dataset",
+        aliases: &["torchtune.datasets.alpaca_dataset"],
+        keys: &[ALPACA, ROWS],
+        refused: None,
+        doc: "Rows of an instruction, perhaps an input, and an output, in Alpaca's words.",
+    },
+    Component {
+        role: Role::Dataset,
+        name: "alpaca_cleaned_dataset",
+        aliases: &["torchtune.datasets.alpaca_cleaned_dataset"],
+        keys: &[ALPACA_CLEANED, ROWS],
+        refused: None,
+        doc: "`alpaca_dataset` over the cleaned rows.",
+    },
     not_yet(
         Role::Dataset,
-        "alpaca_dataset",
-        &["torchtune.datasets.alpaca_dataset"],
-        "only `instruct_dataset` is read yet",
+        "chat_dataset",
+        &["torchtune.datasets.chat_dataset"],
+        "only instruct and alpaca data sets are read yet",
     ),
-    not_yet(
-        Role::Dataset,
-        "alpaca_cleaned_dataset",
-        &["torchtune.datasets.alpaca_cleaned_dataset"],
-        "only `instruct_dataset` is read yet",
-    ),
-    not_yet(Role::Dataset, "chat_dataset", &["torchtune.datasets.chat_dataset"], "only `instruct_dataset` is read yet"),
     not_yet(
         Role::Dataset,
         "text_completion_dataset",
         &["torchtune.datasets.text_completion_dataset"],
-        "only `instruct_dataset` is read yet",
+        "only instruct and alpaca data sets are read yet",
     ),
     // Checkpointers.
     Component {

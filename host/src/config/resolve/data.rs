@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use super::super::plan::{DataFile, DataFormat, DatasetPlan, OnBadRow};
+use super::super::plan::{DataFile, DataFormat, DatasetPlan, OnBadRow, TemplatePlan};
 use super::super::section::{Found, Reported, Section};
 use super::super::yaml::{Node, Tree};
-use super::Surroundings;
+use super::{Surroundings, parts};
 
 /// File names a data folder may have for a split; the first is the split's name.
 const SPLITS: [&[&str]; 3] = [&["train"], &["validation", "valid", "val", "dev"], &["test"]];
@@ -14,7 +14,8 @@ const FORMATS: [(&str, DataFormat); 3] =
 
 pub fn dataset(section: &Section<'_>, cache_dir: &Path, around: &Surroundings<'_>) -> Found<DatasetPlan> {
     let files = source(section, around);
-    let column_map = column_map(section);
+    let template = template(section, around);
+    let column_map = column_map(section, template.as_ref().ok().and_then(Option::as_ref));
     let split = section.get::<String>("split");
     if let (Ok((files, _)), Ok(split)) = (&files, &split) {
         check_split(section, split, files)?;
@@ -31,6 +32,7 @@ pub fn dataset(section: &Section<'_>, cache_dir: &Path, around: &Surroundings<'_
         format,
         split: split?,
         column_map: column_map?,
+        template: template?.map(|(plan, _)| plan),
         train_on_input,
         on_bad_row,
         cache_dir: cache_dir.to_owned(),
@@ -181,27 +183,61 @@ fn check_split(section: &Section<'_>, split: &str, files: &[DataFile]) -> Found<
     Ok(())
 }
 
-/// Both names or none; torchtune refuses partial maps too.
-fn column_map(section: &Section<'_>) -> Found<Vec<(String, String)>> {
-    const EXPECTED: [&str; 2] = ["input", "output"];
-    let Some(node) = section.node("column_map")? else {
-        return Ok(EXPECTED.map(|name| (name.to_owned(), name.to_owned())).to_vec());
+/// The template that belongs to the data set, and what v0.2.1 calls its input: `template` of an instruct data set, Alpaca's
+/// own of the alpaca ones.
+fn template(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Option<(TemplatePlan, &'static str)>> {
+    if !section.knows("template") {
+        let guest = parts::guest_ref(section, "_component_", "alpaca", around)?;
+        return Ok(Some((TemplatePlan { guest, joined: false }, "input")));
+    }
+    let Some(guest) = parts::template(section, "template", around)? else { return Ok(None) };
+    let input = match guest.path.file_stem().and_then(|stem| stem.to_str()) {
+        Some("summarize") => "dialogue",
+        Some("grammar") => "sentence",
+        Some("question_answer") => "question",
+        _ => "input",
     };
-    let example = "`column_map: {input: document, output: summary}`";
+    Ok(Some((TemplatePlan { guest, joined: true }, input)))
+}
+
+/// Every name or none; torchtune refuses partial maps too. Under a v0.2.1 template the input may have that template's name.
+fn column_map(section: &Section<'_>, template: Option<&(TemplatePlan, &'static str)>) -> Found<Vec<(String, String)>> {
+    let joined = template.is_some_and(|(plan, _)| plan.joined);
+    let old_input = template.map_or("input", |(_, input)| input);
+    let (expected, example): (&[&'static str], _) = match template {
+        Some((plan, _)) if !plan.joined => {
+            (&["instruction", "input", "output"], "`column_map: {instruction: prompt, input: context, output: answer}`")
+        }
+        _ => (&["input", "output"], "`column_map: {input: document, output: summary}`"),
+    };
+    let Some(node) = section.node("column_map")? else {
+        let column = |name: &&'static str| if joined && *name == "input" { old_input } else { *name };
+        return Ok(expected.iter().map(|name| ((*name).to_owned(), column(name).to_owned())).collect());
+    };
     let path = section.path("column_map");
+    let names = || format!("`{}`", expected.join("`, `"));
     if !node.is_map() {
-        let message = format!("`{path}` must map `input` and `output` to columns, found {}", node.describe());
+        let message = format!("`{path}` must map {} to columns, found {}", names(), node.describe());
         return Err(section.fail("column_map", message, example));
     }
-    for entry in node.entries() {
-        if !EXPECTED.contains(&entry.key.as_str()) {
-            let message = format!("`{path}` maps `{}`, and this data set has `input` and `output`", entry.key);
-            return Err(section.fail("column_map", message, example));
+    let known = |key: &str| expected.contains(&key) || (joined && key == old_input);
+    if let Some(entry) = node.entries().iter().find(|entry| !known(&entry.key)) {
+        let message = format!("`{path}` maps `{}`, and this data set has {}", entry.key, names());
+        return Err(section.fail("column_map", message, example));
+    }
+    let column = |name: &str| node.child(name).and_then(Node::as_str).map(str::to_owned);
+    let mut map = Vec::new();
+    for name in expected {
+        let found = column(name).or_else(|| if joined && *name == "input" { column(old_input) } else { None });
+        // Not every instruction has an input; without a column for it none has.
+        match found {
+            Some(column) => map.push(((*name).to_owned(), column)),
+            None if expected.len() == 3 && *name == "input" => {}
+            None => {
+                let message = format!("`{path}` must give a column for `{name}`");
+                return Err(section.fail("column_map", message, example));
+            }
         }
     }
-    let columns =
-        EXPECTED.map(|name| node.child(name).and_then(Node::as_str).map(|column| (name.to_owned(), column.to_owned())));
-    columns.into_iter().collect::<Option<Vec<_>>>().ok_or_else(|| {
-        section.fail("column_map", format!("`{path}` must give a column for each of `input` and `output`"), example)
-    })
+    Ok(map)
 }

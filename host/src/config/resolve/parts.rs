@@ -116,24 +116,23 @@ fn lora(section: &Section<'_>) -> Found<Option<LoraPlan>> {
 
 pub fn tokenizer(root: &Section<'_>, around: &Surroundings<'_>) -> Found<TokenizerPlan> {
     let section = root.component("tokenizer")?;
-    let prompt_template = prompt_template(&section, around);
+    let prompt_template = template(&section, "prompt_template", around);
     let path = section.get::<PathBuf>("path")?;
     let path = if around.is_folder(&path) { path.join("tokenizer.json") } else { path };
     Ok(TokenizerPlan { path, max_seq_len: section.get("max_seq_len")?, prompt_template: prompt_template? })
 }
 
 /// A registered name, a path to a guest, or `{_component_: either, …settings}`.
-fn prompt_template(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Option<GuestRef>> {
-    const KEY: &str = "prompt_template";
-    let Some(node) = section.node(KEY)? else {
+pub fn template(section: &Section<'_>, key: &str, around: &Surroundings<'_>) -> Found<Option<GuestRef>> {
+    let Some(node) = section.node(key)? else {
         return Ok(None);
     };
     let (name, settings) = match &node.tree {
         Tree::Map(entries) => {
             let Some(component) = node.entry("_component_") else {
                 return Err(section.fail(
-                    KEY,
-                    format!("`{}` maps roles to texts, which is not read yet", section.path(KEY)),
+                    key,
+                    format!("`{}` maps roles to texts, which is not read yet", section.path(key)),
                     "write the texts into a template script of a few lines, and give its path",
                 ));
             };
@@ -144,16 +143,21 @@ fn prompt_template(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Op
     };
     let Some(name) = name.as_str().filter(|name| !name.is_empty()) else {
         return Err(section.fail(
-            KEY,
+            key,
             format!(
                 "`{}` must be a template's name or the path of a guest, found {}",
-                section.path(KEY),
+                section.path(key),
                 name.describe()
             ),
-            "`prompt_template: SummarizeTemplate`",
+            format!("`{key}: SummarizeTemplate`"),
         ));
     };
-    Ok(Some(GuestRef { settings, ..guest(template_path(section, KEY, name, around)?) }))
+    Ok(Some(GuestRef { settings, ..guest_ref(section, key, name, around)? }))
+}
+
+/// The guest of a template, by the name or path that `key` gives.
+pub fn guest_ref(section: &Section<'_>, key: &str, name: &str, around: &Surroundings<'_>) -> Found<GuestRef> {
+    Ok(guest(template_path(section, key, name, around)?))
 }
 
 fn template_path(section: &Section<'_>, key: &str, name: &str, around: &Surroundings<'_>) -> Found<PathBuf> {

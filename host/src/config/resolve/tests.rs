@@ -11,8 +11,14 @@ const TRAIN: &str = include_str!("../../../../configs/smollm2/135M_lora_summariz
 const GENERATE: &str = include_str!("../../../../configs/smollm2/135M_generate.yaml");
 
 /// Folders end in `/`.
-const DISK: &[&str] =
-    &["templates/summarize.wasm", ".demo/data/", ".demo/data/train.jsonl", ".demo/data/validation.jsonl", "model/"];
+const DISK: &[&str] = &[
+    "templates/summarize.wasm",
+    "scripts/templates/alpaca.rhai",
+    ".demo/data/",
+    ".demo/data/train.jsonl",
+    ".demo/data/validation.jsonl",
+    "model/",
+];
 
 fn surroundings() -> Surroundings<'static> {
     Surroundings {
@@ -110,20 +116,41 @@ fn values_land_where_they_belong() {
     assert_eq!(plan(&["resume_from=a/step_3"]).checkpoint.resume_from.as_deref(), Some(Path::new("a/step_3")));
     assert!(plan(&["resume_from=a/step_3"]).checkpoint.resume);
     assert!(plan(&["compat=torchtune"]).compat_torchtune);
-    assert!(
-        plan(&[
-            "model=llama",
-            "~model.lora_attn_modules",
-            "~model.lora_rank",
-            "~model.lora_alpha",
-            "~model.lora_dropout",
-            "~model.apply_lora_to_mlp",
-            "~model.apply_lora_to_output"
-        ])
-        .model
-        .lora
-        .is_none()
-    );
+    assert!(plan(&["model=llama"]).model.lora.is_none(), "the adapters' keys go with them");
+}
+
+/// torchtune v0.2.1: the template on the data set, its input under the template's own name, one string.
+#[test]
+fn the_old_dataset_section_resolves() {
+    let old = [
+        "~tokenizer.prompt_template",
+        "~tokenizer.max_seq_len",
+        "dataset.max_seq_len=2048",
+        "dataset.template=torchtune.data.SummarizeTemplate",
+        "dataset.column_map={dialogue: document, output: summary}",
+        "~dataset_val",
+        "~run_val_every_n_steps",
+    ];
+    let found = plan(&old);
+    let template = found.dataset.template.unwrap();
+    assert!(template.joined && template.guest.path == Path::new("templates/summarize.wasm"));
+    assert_eq!(found.tokenizer.max_seq_len, Some(2048));
+    let map = [("input".to_owned(), "document".to_owned()), ("output".to_owned(), "summary".to_owned())];
+    assert_eq!(found.dataset.column_map, map);
+    let plain: Vec<&str> = old.iter().copied().chain(["~dataset.column_map"]).collect();
+    assert_eq!(plan(&plain).dataset.column_map[0].1, "dialogue");
+    check_mistake(&["dataset.max_seq_len=99"], "`dataset.max_seq_len` is 99, and another is 512");
+    check_mistake(&["dataset.column_map.dialogue=document"], "maps `dialogue`");
+}
+
+#[test]
+fn alpaca_brings_its_template_and_source() {
+    let alpaca = ["dataset=torchtune.datasets.alpaca_dataset", "dataset.source=.demo/data", "~dataset.train_on_input"];
+    let found = plan(&[&alpaca[..], &["~dataset.column_map", "~dataset_val", "~run_val_every_n_steps"]].concat());
+    assert!(found.dataset.train_on_input, "torchtune's default");
+    let names: Vec<&str> = found.dataset.column_map.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["instruction", "input", "output"]);
+    assert!(!found.dataset.template.unwrap().joined);
 }
 
 #[test]
@@ -188,7 +215,7 @@ fn data_files_come_in_three_forms() {
 
 #[test]
 fn column_maps_are_whole() {
-    check_mistake(&["~dataset.column_map.input"], "must give a column for each of `input` and `output`");
+    check_mistake(&["~dataset.column_map.input"], "must give a column for `input`");
     check_mistake(&["dataset.column_map.dialogue=document"], "maps `dialogue`");
     check_mistake(&["dataset.column_map=[a,b]"], "found a list");
     let mapped = plan(&["~dataset.column_map", "dataset_val.column_map=null"]).dataset.column_map;
@@ -281,9 +308,22 @@ fn every_honoured_key_is_read() {
     let mut read = BTreeSet::new();
     let train_overrides: &[&[&str]] = &[
         &[],
-        &["model=lora_llama", "loss=torch.nn.CrossEntropyLoss", "metric_logger=StdoutLogger", "~metric_logger.log_dir"],
-        &["model=lora_llama3_8b"],
-        &["model=lora_llama3_1_8b", "profiler={_component_: setup_torch_profiler, enabled: False}"],
+        &["loss=torch.nn.CrossEntropyLoss", "metric_logger=StdoutLogger", "~metric_logger.log_dir"],
+        &["profiler={_component_: setup_torch_profiler, enabled: False}"],
+        &[
+            "dataset=alpaca_dataset",
+            "dataset.source=.demo/data",
+            "dataset.column_map=null",
+            "~dataset_val",
+            "~run_val_every_n_steps",
+        ],
+        &[
+            "dataset=alpaca_cleaned_dataset",
+            "dataset.source=.demo/data",
+            "dataset.column_map=null",
+            "~dataset_val",
+            "~run_val_every_n_steps",
+        ],
     ];
     for overrides in train_overrides {
         let overrides: Vec<String> = overrides.iter().map(|argument| argument.to_string()).collect();
@@ -300,6 +340,8 @@ fn every_honoured_key_is_read() {
     let sections = [("train", keys::TRAIN), ("generate", keys::GENERATE), ("limits", keys::LIMITS)];
     let components =
         components::ALL.iter().flat_map(|component| component.keys.iter().map(|keys| (component.name, *keys)));
+    // One model with adapters stands for all: they share their keys.
+    let components = components.filter(|(name, _)| !name.starts_with("lora_") || *name == "lora_smollm2_135m");
     for (section, keys) in sections.into_iter().chain(components) {
         for key in keys.iter().filter(|key| matches!(key.class, Class::Honoured)) {
             assert!(read.contains(&(section, key.name)), "`{section}.{}` is honoured but never read", key.name);
@@ -310,7 +352,7 @@ fn every_honoured_key_is_read() {
 #[test]
 fn the_tables_are_sound() {
     let mut names = BTreeSet::new();
-    for component in components::ALL {
+    for component in components::ALL.iter() {
         for name in std::iter::once(&component.name).chain(component.aliases) {
             assert!(names.insert(*name), "`{name}` names two components");
         }

@@ -53,7 +53,8 @@ pub(super) fn build(
 
     profiler?;
     let (dataset, dataset_val) = datasets?;
-    let (model, tokenizer) = (model?, tokenizer?);
+    let (model, mut tokenizer) = (model?, tokenizer?);
+    tokenizer.max_seq_len = max_seq_len(&root, tokenizer.max_seq_len)?;
     let batch_size = root.get::<usize>("batch_size")?;
     let checkpoint = checkpoint?;
     if checkpoint.adapter_only && model.lora.is_none() {
@@ -98,6 +99,23 @@ pub(super) fn build(
         compat_torchtune: root.get::<Option<String>>("compat")?.is_some(),
         limits: limits?,
     })
+}
+
+/// v0.2.1 has the length on the data set. Both may say it, when they say the same.
+fn max_seq_len(root: &Section<'_>, of_tokenizer: Option<usize>) -> Found<Option<usize>> {
+    let mut length = of_tokenizer;
+    for section in [root.component("dataset")?].into_iter().chain(root.optional_component("dataset_val")?) {
+        let Some(wanted) = section.get::<Option<usize>>("max_seq_len")? else { continue };
+        if length.is_some_and(|length| length != wanted) {
+            return Err(section.fail(
+                "max_seq_len",
+                format!("`{}` is {wanted}, and another is {}", section.path("max_seq_len"), length.unwrap_or_default()),
+                "give one length, as `tokenizer.max_seq_len`",
+            ));
+        }
+        length = Some(wanted);
+    }
+    Ok(length)
 }
 
 struct Sizes {
