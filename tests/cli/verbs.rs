@@ -1,5 +1,7 @@
 //! Each verb's success, its help, and mistakes on the command line.
 
+use std::path::Path;
+
 use insta::assert_snapshot;
 
 use super::{Case, GENERATE};
@@ -379,4 +381,75 @@ fn a_gguf_that_is_cut_short_or_of_an_unread_kind_leaves_nothing() {
     hint: `host import` reads llama.cpp's `.gguf` files; a Hugging Face folder needs no import
     ");
     assert!(!case.path().join("new").exists());
+}
+
+#[test]
+fn cp_copies_scripts_and_configs() {
+    let case = Case::new();
+    let copied = |name: &str| std::fs::read_to_string(case.path().join(name)).unwrap();
+    let shipped =
+        |name: &str| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name)).unwrap();
+    assert_eq!(
+        case.host(&["cp", "lora_finetune_distributed", "mine.py"]),
+        "exit 0\n--- stdout\nCopied file to mine.rhai"
+    );
+    assert_eq!(copied("mine.rhai"), shipped("scripts/recipes/lora_distributed.rhai"));
+    assert_eq!(
+        case.host(&["cp", "smollm2/135M_lora_summarize", "a/b/mine", "--make-parents"]),
+        "exit 0\n--- stdout\nCopied file to a/b/mine.yaml"
+    );
+    assert_eq!(copied("a/b/mine.yaml"), shipped("configs/smollm2/135M_lora_summarize.yaml"));
+    assert_eq!(case.host(&["cp", "SummarizeTemplate", "a"]), "exit 0\n--- stdout\nCopied file to a/summarize.rhai");
+
+    case.write("mine.rhai", "changed");
+    let again = case.host(&["cp", "-n", "lora_distributed", "mine.rhai"]);
+    assert!(again.starts_with("exit 0\n--- stdout\nFile already exists at /"), "{again}");
+    assert!(again.ends_with("/mine.rhai, not overwriting."), "{again}");
+    assert_eq!(copied("mine.rhai"), "changed");
+
+    assert_snapshot!(case.host(&["cp", "lora_distributed", "x/y/z"]), @"
+    exit 2
+    --- stderr
+    error: the folder `x/y` is not there
+    hint: `--make-parents` creates it
+    ");
+    assert_snapshot!(case.host(&["cp", "lora_distribted", "x"]), @"
+    exit 2
+    --- stderr
+    error: there is no recipe, config or template `lora_distribted`
+    hint: did you mean `lora_distributed`?
+    ");
+}
+
+#[test]
+fn cat_prints_what_is_read() {
+    let case = Case::with("b: ${a.x}\na: {x: 1, y: None}\n");
+    assert_snapshot!(case.host(&["cat", "c.yaml"]), @"
+    exit 0
+    --- stdout
+    b: ${a.x}
+    a:
+      x: 1
+      y: null
+    ");
+    assert_snapshot!(case.host(&["cat", "c.yaml", "--sort", "--resolved", "a.x=7"]), @"
+    exit 0
+    --- stdout
+    a:
+      x: 7
+      y: null
+    b: 7
+    ");
+    assert_snapshot!(case.host(&["cat", "c.yaml", "--resolved", "a={}"]), @"");
+    assert_snapshot!(case.host(&["cat", "lora_distributed"]), @"
+    exit 0
+    --- stdout
+    'lora_distributed' is a recipe, not a config. `host cp lora_distributed lora_distributed.rhai` copies its script, `host ls lora_distributed` lists its configs.
+    ");
+    assert_snapshot!(case.host(&["cat", "c.txt"]), @"
+    exit 2
+    --- stderr
+    error: `c.txt` is neither a .yaml file nor a config's name
+    hint: `host ls` lists the names
+    ");
 }

@@ -2,7 +2,9 @@
 //!
 //! Only this layer prints. stdout is data, stderr is talk. A verb returns an error and `main` prints it, once.
 
+mod cat;
 mod check;
+mod cp;
 mod doctor;
 mod import;
 mod ls;
@@ -18,6 +20,7 @@ use crate::error::{IoContext, Result};
 const EXAMPLES: &str = "\
 Examples:
   host ls                                             what comes with it
+  host cp smollm2/135M_lora_summarize my.yaml
   host validate configs/smollm2/135M_lora_summarize.yaml
   host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
   host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
@@ -39,6 +42,8 @@ enum Verb {
     Run(run::Args),
     Validate(validate::Args),
     Ls(ls::Args),
+    Cp(cp::Args),
+    Cat(cat::Args),
     Import(import::Args),
     Doctor(doctor::Args),
 }
@@ -49,6 +54,8 @@ pub fn dispatch(cli: Cli) -> Result<()> {
         Some(Verb::Run(args)) => run::run(&args),
         Some(Verb::Validate(args)) => validate::run(&args),
         Some(Verb::Ls(args)) => ls::run(&args),
+        Some(Verb::Cp(args)) => cp::run(&args),
+        Some(Verb::Cat(args)) => cat::run(&args),
         Some(Verb::Import(args)) => import::run(&args),
         Some(Verb::Doctor(args)) => doctor::run(&args),
         None => Cli::command().print_help().path_context("write to", "stdout"),

@@ -47,10 +47,19 @@ pub fn find_config(name: &str, around: &Surroundings<'_>) -> PathBuf {
     if given.exists() {
         return given;
     }
-    let relative = PathBuf::from(format!("configs/{}.yaml", name.strip_suffix(".yaml").unwrap_or(name)));
-    let found =
-        around.shipped.iter().map(|root| if *root == around.cwd { relative.clone() } else { root.join(&relative) });
-    found.into_iter().find(|path| path.is_file()).unwrap_or(given)
+    find(&format!("configs/{}.yaml", config_name(name)), around).unwrap_or(given)
+}
+
+/// A config's name in `configs/`; torchtune's `generation` is `generate`'s.
+pub fn config_name(name: &str) -> &str {
+    let name = name.strip_suffix(".yaml").unwrap_or(name);
+    if name == "generate" { "generation" } else { name }
+}
+
+/// Returns a file that comes with `host`, relative where it is below the working directory.
+pub fn find(relative: &str, around: &Surroundings<'_>) -> Option<PathBuf> {
+    let path = |root: &PathBuf| if *root == around.cwd { PathBuf::from(relative) } else { root.join(relative) };
+    around.shipped.iter().map(path).find(|path| path.is_file())
 }
 
 /// Loads the config that [`find_config`] made of `name`; where there is none, says which was probably meant.

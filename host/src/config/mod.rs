@@ -34,6 +34,8 @@ pub struct Notice {
 pub struct Config {
     pub path: PathBuf,
     pub overrides: Vec<String>,
+    /// Overrides applied, interpolations as they are written.
+    written: Node,
     root: Node,
     mistakes: Vec<Error>,
 }
@@ -47,18 +49,33 @@ impl Config {
     pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Self> {
         let mut root = yaml::parse_config(text, path)?;
         let mut mistakes = overrides::apply(&mut root, overrides);
-        let (root, broken) = interpolate::resolve(&root);
+        let written = root;
+        let (root, broken) = interpolate::resolve(&written);
         mistakes.extend(broken.into_iter().map(|mistake| {
             let error = yaml::locate(Error::config(mistake.message), path, mistake.mark);
             mistake.hint.into_iter().fold(error, Error::hint)
         }));
-        Ok(Self { path: path.to_owned(), overrides: overrides.to_vec(), root, mistakes })
+        Ok(Self { path: path.to_owned(), overrides: overrides.to_vec(), written, root, mistakes })
     }
 
     /// Returns the config as YAML, overrides applied and interpolations replaced.
     pub fn to_yaml(&self) -> String {
         // Every tree is made of YAML's own values, so this cannot fail; an empty text would be seen at once.
         serde_yaml::to_string(&self.root.to_value()).unwrap_or_default()
+    }
+
+    /// The config as YAML for a person; `resolved` with every interpolation replaced, which must then be possible.
+    pub fn print(&self, resolved: bool, sort: bool) -> Result<String> {
+        if let Some(error) = Error::all(self.mistakes.clone()).filter(|_| resolved) {
+            return Err(error);
+        }
+        let mut value = if resolved { &self.root } else { &self.written }.to_value();
+        if let (true, serde_yaml::Value::Mapping(map)) = (sort, &mut value) {
+            let mut entries: Vec<_> = std::mem::take(map).into_iter().collect();
+            entries.sort_by(|(left, _), (right, _)| left.as_str().cmp(&right.as_str()));
+            map.extend(entries);
+        }
+        serde_yaml::to_string(&value).map_err(|error| Error::bug("a config is not YAML").cause(error))
     }
 
     /// Says whether this is for `generate`: it has a prompt and nothing to train with.
