@@ -245,12 +245,14 @@ fn a_refused_key() {
       --> command line
     hint: set it to `False` or leave it out
     ");
+    // v0.2.1's key, whose input column has the template's own name.
     assert_snapshot!(Case::new().validate(&["dataset.template=torchtune.data.SummarizeTemplate"]), @"
     exit 2
     --- stderr
-    error: `dataset.template` is not supported: it is `tokenizer.prompt_template` now
-      --> command line
-    hint: leave `dataset.template` out
+    error: the data has no column `dialogue`
+      --> c.yaml:14:3
+      --> data/train.jsonl
+    hint: its columns are `input`, `output`; `column_map` says which to take
     ");
 }
 

@@ -153,7 +153,7 @@ fn an_architecture_we_do_not_build() {
     error: the architecture `MambaForCausalLM` is not one that `host` builds
       --> c.yaml:7:19
       --> model/config.json
-    hint: architectures built so far: LlamaForCausalLM
+    hint: architectures built so far: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
     ");
 }
 
@@ -209,10 +209,10 @@ fn weights_of_another_format() {
     assert_snapshot!(case.validate(&[]), @"
     exit 2
     --- stderr
-    error: `model/model.safetensors` is not a whole safetensors file
+    error: `model/model.safetensors` is not a weight file that can be read
       --> c.yaml:7:19
-    cause: its header claims 7018990998646901584 bytes of a file of 36
-    hint: copy or download the file again
+    cause: invalid Zip archive: Could not find EOCD
+    hint: take the model's safetensors files, or save a plain dictionary of tensors with `torch.save`
     ");
 }
 

@@ -19,6 +19,8 @@ fn without_a_verb_it_helps() {
       run       Runs a recipe with a config
       validate  Checks a config and the files it names
       ls        Lists the recipes and configs that come with it
+      cp        Copies a recipe, a template or a config, to change it
+      cat       Prints a config
       import    Turns a GGUF model into a Hugging Face folder
       doctor    Shows what this machine has for a run, and what is wrong with it
 
@@ -28,6 +30,7 @@ fn without_a_verb_it_helps() {
 
     Examples:
       host ls                                             what comes with it
+      host cp smollm2/135M_lora_summarize my.yaml
       host validate configs/smollm2/135M_lora_summarize.yaml
       host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
       host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
@@ -440,7 +443,12 @@ fn cat_prints_what_is_read() {
       y: null
     b: 7
     ");
-    assert_snapshot!(case.host(&["cat", "c.yaml", "--resolved", "a={}"]), @"");
+    assert_snapshot!(case.host(&["cat", "c.yaml", "--resolved", "a={}"]), @"
+    exit 2
+    --- stderr
+    error: `${a.x}` names a key that is not in the config
+      --> c.yaml:1:4
+    ");
     assert_snapshot!(case.host(&["cat", "lora_distributed"]), @"
     exit 0
     --- stdout

@@ -30,10 +30,11 @@ pub struct Stored {
     pub end: usize,
 }
 
-/// Whether the file begins as a zip file does.
-pub fn is_zip(path: &Path) -> bool {
+/// Whether the file is PyTorch's: by its name, or because it begins as a zip file does.
+pub fn is_torch(path: &Path) -> bool {
     let mut magic = [0; 4];
-    File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"PK\x03\x04"
+    path.extension().is_some_and(|suffix| ["bin", "pt", "pth"].iter().any(|name| suffix == *name))
+        || File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok() && magic == *b"PK\x03\x04"
 }
 
 /// Lists the tensors of a file that `torch.save` wrote from a dictionary of tensors, or from one dictionary inside
@@ -47,8 +48,13 @@ pub fn tensors(path: &Path) -> Result<Vec<Stored>> {
     let file = File::open(path)
         .map_err(|error| Error::config(format!("cannot open the weight file `{}`", path.display())).cause(error))?;
     let size = file.metadata().path_context("read the size of", path)?.len();
-    let mut zip = ZipArchive::new(BufReader::new(file))
-        .map_err(|error| bad(format!("{error}; PyTorch before 1.6 wrote another format, which is not read")))?;
+    let mut zip = ZipArchive::new(BufReader::new(file)).map_err(|error| {
+        // A pickle without a zip file around it.
+        let mut magic = [0; 2];
+        let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+        let old = read.is_ok() && magic == [0x80, 2];
+        bad(if old { "PyTorch before 1.6 wrote it, in a format that is not read".into() } else { error.to_string() })
+    })?;
     let index = zip
         .file_names()
         .filter_map(|name| Some(name.ok()?.into_owned()))
@@ -538,7 +544,7 @@ mod tests {
         assert!(cause("command.pt").contains("`posix.system`"), "{}", cause("command.pt"));
         assert!(cause("gaps.pt").contains("view with gaps"));
         assert!(cause("before_1_6.pt").contains("before 1.6"));
-        assert!(cause("generate.py").contains("before 1.6"));
+        assert!(cause("generate.py").contains("Zip"));
     }
 
     #[test]

@@ -47,7 +47,7 @@ impl WeightIndex {
         let mut index = Self { files: Vec::new(), tensors: BTreeMap::new() };
         for name in names {
             let path = dir.join(name);
-            if torch_file::is_zip(&path) { index.add_torch(path)? } else { index.add(path)? }
+            if torch_file::is_torch(&path) { index.add_torch(path)? } else { index.add(path)? }
         }
         meta::rename(&mut index.tensors);
         Ok(index)
