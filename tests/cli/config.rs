@@ -173,11 +173,11 @@ fn a_section_without_a_component() {
 
 #[test]
 fn a_component_we_do_not_have() {
-    let case = Case::edited(&[("_component_: hf_tokenizer", "_component_: torchtune.models.llama3.llama3_tokenizer")]);
+    let case = Case::edited(&[("_component_: hf_tokenizer", "_component_: torchtune.models.phi3.phi3_mini_tokenizer")]);
     assert_snapshot!(case.validate(&[]), @"
     exit 2
     --- stderr
-    error: the tokenizer `llama3_tokenizer` is not supported: the header tokens of Llama 3's message format are not written yet; `hf_tokenizer` with the model's tokenizer.json trains on the template's text alone
+    error: the tokenizer `phi3_mini_tokenizer` is not supported: models of the Phi family are not built yet
       --> c.yaml:9:16
     ");
 }

@@ -125,7 +125,7 @@ fn a_model_folder_that_is_not_there() {
 
     error: the tokenizer `absent` is not there
       --> c.yaml:10:9
-    hint: give the model's tokenizer.json, or its folder
+    hint: give the model's tokenizer.json or tokenizer.model, or its folder
     ");
 }
 
@@ -225,7 +225,31 @@ fn a_tokenizer_that_is_not_there() {
     --- stderr
     error: the tokenizer `model/tokenizer.json` is not there
       --> c.yaml:10:9
-    hint: give the model's tokenizer.json, or its folder
+    hint: give the model's tokenizer.json or tokenizer.model, or its folder
+    ");
+}
+
+#[test]
+fn a_tokenizer_that_is_none() {
+    let case = Case::new();
+    for (content, hint) in
+        [("", "is empty"), ("version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS")]
+    {
+        case.write("model/tokenizer.json", content);
+        let found = case.validate(&[]);
+        assert!(found.contains(&format!("error: `model/tokenizer.json` {hint}")), "{found}");
+    }
+    case.write("model/tokenizer.json", "<!DOCTYPE html>");
+    assert_snapshot!(case.validate(&["tokenizer=qwen2_tokenizer", "tokenizer.merges_file=merges.txt"]), @"
+    exit 2
+    --- stderr
+    error: `model/tokenizer.json` is not a tokenizer this version reads
+      --> c.yaml:10:9
+    hint: read are tokenizer.json, Llama 3's and SentencePiece's tokenizer.model, and vocab.json with `merges_file`
+
+    error: the file `merges.txt` is not there
+      --> command line
+    hint: paths count from the folder `host` is started in
     ");
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use host::config::Config;
 use host::config::resolve::{self, FileKind, Surroundings};
-use host::tokenizer::Tokenizer;
+use host::tokenizer::{Format, Tokenizer};
 use host_rank::{generate, script};
 use serde_json::Value;
 
@@ -221,8 +221,16 @@ fn a_prompt_is_the_beginning_of_a_training_row() {
     };
     // The library reads paths from where the test runs.
     let at = |key: &str, name: &str| format!("{key}={}", case.path(name).display());
-    for template in ["templates/summarize.wasm", "scripts/templates/summarize.rhai"] {
-        let common = [at("checkpointer.checkpoint_dir", "model"), at("tokenizer.prompt_template", template)];
+    for (template, tokenizer) in [
+        ("templates/summarize.wasm", "hf_tokenizer"),
+        ("scripts/templates/summarize.rhai", "hf_tokenizer"),
+        ("templates/summarize.wasm", "llama3_tokenizer"),
+    ] {
+        let common = [
+            at("checkpointer.checkpoint_dir", "model"),
+            at("tokenizer.prompt_template", template),
+            format!("tokenizer={tokenizer}"),
+        ];
         let train = [&common[..], &[at("dataset.source", "data"), at("output_dir", "out")]].concat();
         let train = Config::load(&case.path("train.yaml"), &train).unwrap();
         let train = resolve::train(&train, &case.path(WASM), &around).unwrap().plan;
@@ -230,17 +238,60 @@ fn a_prompt_is_the_beginning_of_a_training_row() {
         let ask = Config::load(&case.path("generate.yaml"), &ask).unwrap();
         let ask = resolve::generate(&ask, &around).unwrap().plan;
 
-        let tokenizer = Tokenizer::open(&ask.tokenizer.path).unwrap();
+        let tokenizer = Tokenizer::of(&ask.tokenizer).unwrap();
         let guest = ask.tokenizer.prompt_template.as_ref().unwrap();
         let template = script::open_template(guest, &ask.limits).unwrap();
         let prompt = generate::prompt_tokens(&ask, &tokenizer, template.as_ref()).unwrap();
         let data = host::data::prepare(&train.dataset, &train.tokenizer, &tokenizer, template.as_ref()).unwrap();
         let row = data.sample(0);
         assert_eq!(prompt, row.tokens[..prompt.len()]);
-        assert!(row.labels[..prompt.len()].iter().all(|label| *label == -100), "{:?}", row.labels);
-        assert!(row.labels[prompt.len()..].iter().all(|label| *label >= 0), "{:?}", row.labels);
         assert!(row.labels.len() > prompt.len());
+        // Llama 3's answer begins with a header that is learnt, and ends before EOS.
+        let answer = match *tokenizer.format() {
+            Format::Llama3 { start_header, .. } => {
+                let header = prompt.iter().rposition(|token| *token == start_header).unwrap();
+                header..row.labels.len() - 1
+            }
+            _ => prompt.len()..row.labels.len(),
+        };
+        let learnt: Vec<usize> = (0..row.labels.len()).filter(|at| row.labels[*at] >= 0).collect();
+        assert_eq!(learnt, answer.collect::<Vec<_>>());
     }
+}
+
+/// Llama 3 as Meta's folder has it: `original/tokenizer.model`, its message format, texts around the question in YAML.
+#[test]
+fn a_tokenizer_model_trains_and_its_answers_end() {
+    let case = Case::new();
+    for (name, file) in [("tokenizer.model", "llama3.model"), ("special.json", "llama3_special_tokens.json")] {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tokenizers").join(file);
+        case.write(&format!("model/original/{name}"), std::fs::read(fixture).unwrap());
+    }
+    let tokenizer = "tokenizer={_component_: torchtune.models.llama3.llama3_tokenizer, \
+        path: model/original/tokenizer.model, special_tokens_path: model/original/special.json, \
+        prompt_template: {user: [\"Summarize: \", \"\\n\"]}}";
+    let losses = case.losses(
+        WASM,
+        "out",
+        &[
+            tokenizer,
+            "epochs=6",
+            "model.apply_lora_to_mlp=True",
+            "model.apply_lora_to_output=True",
+            "model.lora_rank=64",
+            "model.lora_alpha=128",
+        ],
+    );
+    assert!(losses[losses.len() - 1] < 0.2 * losses[0], "{losses:?}");
+    let row: Value = serde_json::from_str(crate::case::rows(1).trim()).unwrap();
+    let user = format!("prompt.user={}", row["document"]);
+    let merged = "checkpointer.checkpoint_dir=out/epoch_5";
+    let arguments = ["run", "generate", "--config", "generate.yaml", tokenizer, merged, &user, "max_new_tokens=200"];
+    let ended = Ended::of(&mut case.host(&arguments));
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    // Stopped by `<|eot_id|>`, long before 200 tokens.
+    let answer = ended.stdout.trim();
+    assert!((1..100).contains(&answer.len()) && !answer.contains("assistant"), "{answer:?}");
 }
 
 #[test]

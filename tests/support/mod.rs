@@ -65,9 +65,8 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
             adapter_dir: None,
         },
         tokenizer: TokenizerPlan {
-            path: tiny_model().join("tokenizer.json"),
             max_seq_len: Some(512),
-            prompt_template: None,
+            ..TokenizerPlan::plain(tiny_model().join("tokenizer.json"))
         },
         dataset,
         dataset_val: None,

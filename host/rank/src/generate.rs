@@ -4,8 +4,8 @@ use std::io::Write;
 use std::time::Instant;
 
 use host::config::plan::{GeneratePlan, PromptPlan};
-use host::data::encode_prompt;
 use host::data::template::{Message, OpenTemplate, Outcome, Role, Row};
+use host::data::{encode_prompt, encode_text};
 use host::tokenizer::Tokenizer;
 use host::worker::{StopFlag, WorkerEnv};
 use host::{Error, Result};
@@ -84,7 +84,7 @@ pub fn continue_tokens(
 /// `host run generate`: prints the prompt and its continuation as it is made, then torchtune's figures.
 pub fn run(plan: &GeneratePlan, env: &WorkerEnv, template: &dyn OpenTemplate, stop: &StopFlag) -> Result<()> {
     let device = device::open(plan.device, env.local_rank, &env.libtorch_lib)?;
-    let tokenizer = Tokenizer::open(&plan.tokenizer.path)?;
+    let tokenizer = Tokenizer::of(&plan.tokenizer)?;
     let prompt: Vec<i64> = prompt_tokens(plan, &tokenizer, template)?.into_iter().map(i64::from).collect();
     // Training cuts a sample there; cut, a prompt would lose what asks for the answer.
     if let Some(longest) = plan.tokenizer.max_seq_len.filter(|longest| prompt.len() > *longest) {
@@ -152,7 +152,7 @@ pub fn run(plan: &GeneratePlan, env: &WorkerEnv, template: &dyn OpenTemplate, st
 pub fn prompt_tokens(plan: &GeneratePlan, tokenizer: &Tokenizer, template: &dyn OpenTemplate) -> Result<Vec<u32>> {
     let message = |role, text: &str| Message { role, parts: vec![text.to_owned()], train: None };
     let messages = match &plan.prompt {
-        PromptPlan::Text(text) => vec![message(Role::User, text)],
+        PromptPlan::Text(text) => return encode_text(tokenizer, text),
         PromptPlan::Messages { system, user } => {
             let mut messages = render_prompt(template, user)?;
             if let Some(system) = system {

@@ -7,13 +7,14 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::config::plan::{DatasetPlan, GuestRef, ModelPlan, Plan, TokenizerPlan, TrainPlan};
+use crate::config::plan::{DatasetPlan, GuestRef, MessageFormat, ModelPlan, Plan, TokenizerPlan, TrainPlan};
 use crate::config::registry::{self, Role};
 use crate::config::{Config, Notice};
 use crate::data::source::SourceFile;
 use crate::data::split;
 use crate::error::{Error, Result};
 use crate::hf::{ModelConfig, WeightIndex};
+use crate::tokenizer;
 
 /// Finds everything that is wrong with the files a plan names, or what to know about them.
 pub fn check(plan: &Plan, config: &Config) -> Result<Vec<Notice>> {
@@ -103,22 +104,37 @@ impl Findings<'_> {
 
     fn tokenizer(&mut self, tokenizer: &TokenizerPlan, model: &Path) {
         let path = &tokenizer.path;
+        let key = match tokenizer.format {
+            MessageFormat::ChatTemplate => "tokenizer.tokenizer_json_path",
+            _ => "tokenizer.path",
+        };
         if !path.is_file() {
             let error = Error::config(format!("the tokenizer `{}` is not there", path.display()))
-                .hint("give the model's tokenizer.json, or its folder");
-            self.add("tokenizer.path", error);
-        } else if path.extension().is_some_and(|extension| extension == "model") {
-            let error =
-                Error::config(format!("`{}` is not a tokenizer.json, and only that is read yet", path.display()))
-                    .hint("give the tokenizer.json of the model's Hugging Face folder");
-            self.add("tokenizer.path", error);
-        } else if differ(path, &model.join("tokenizer.json")) {
-            let message = format!(
-                "the tokenizer `{}` is not the one in the model's folder `{}`: the model may have learned other tokens",
-                path.display(),
-                model.display()
-            );
-            self.notices.push(Notice { message, location: self.config.locate("tokenizer.path") });
+                .hint("give the model's tokenizer.json or tokenizer.model, or its folder");
+            self.add(key, error);
+        } else {
+            self.add_result(key, tokenizer::Kind::of(path));
+            let own = model.join("tokenizer.json");
+            if path.file_name() == own.file_name() && differ(path, &own) {
+                let message = format!(
+                    "the tokenizer `{}` is not the one in the model's folder `{}`: the model may have learned other tokens",
+                    path.display(),
+                    model.display()
+                );
+                self.notices.push(Notice { message, location: self.config.locate(key) });
+            }
+        }
+        let TokenizerPlan { merges_file, special_tokens_path, tokenizer_config, generation_config, .. } = tokenizer;
+        for (key, file) in [
+            ("merges_file", merges_file),
+            ("special_tokens_path", special_tokens_path),
+            ("tokenizer_config_json_path", tokenizer_config),
+            ("generation_config_path", generation_config),
+        ] {
+            if let Some(file) = file.as_ref().filter(|file| !file.is_file()) {
+                let error = Error::config(format!("the file `{}` is not there", file.display()));
+                self.add(&format!("tokenizer.{key}"), error.hint("paths count from the folder `host` is started in"));
+            }
         }
         if let Some(template) = &tokenizer.prompt_template {
             let checked = check_guest(template, "template");

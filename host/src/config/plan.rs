@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::template::Role;
+
 /// What one `host run` does.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -116,10 +118,84 @@ pub struct LoraPlan {
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TokenizerPlan {
-    /// `tokenizer.json`.
+    /// The vocabulary: tokenizer.json, tokenizer.model or vocab.json.
     pub path: PathBuf,
+    /// The merges of a vocab.json.
+    pub merges_file: Option<PathBuf>,
+    /// A file whose `added_tokens` replace the format's own list of special tokens.
+    pub special_tokens_path: Option<PathBuf>,
+    /// Instead of the files of that name beside `path`.
+    pub tokenizer_config: Option<PathBuf>,
+    pub generation_config: Option<PathBuf>,
+    pub format: MessageFormat,
     pub max_seq_len: Option<usize>,
+    pub truncation: Truncation,
+    /// A guest that makes messages of rows.
     pub prompt_template: Option<GuestRef>,
+    /// Texts around every message, whoever made it.
+    pub turn_texts: TurnTexts,
+}
+
+impl TokenizerPlan {
+    /// A tokenizer for texts without a message format.
+    pub fn plain(path: PathBuf) -> Self {
+        Self {
+            path,
+            merges_file: None,
+            special_tokens_path: None,
+            tokenizer_config: None,
+            generation_config: None,
+            format: MessageFormat::Plain,
+            max_seq_len: None,
+            truncation: Truncation::Right,
+            prompt_template: None,
+            turn_texts: TurnTexts::None,
+        }
+    }
+}
+
+/// How a family writes messages as tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MessageFormat {
+    /// The texts, between BOS and EOS.
+    Plain,
+    Llama3,
+    /// Llama 2 and Mistral: a turn is a question and its answer.
+    Turns,
+    Qwen2,
+    Qwen2_5,
+    Qwen3,
+    /// The checkpoint's own chat template.
+    ChatTemplate,
+}
+
+impl MessageFormat {
+    pub fn is_qwen(self) -> bool {
+        matches!(self, Self::Qwen2 | Self::Qwen2_5 | Self::Qwen3)
+    }
+}
+
+/// Which end of a long sample is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Truncation {
+    /// The right end goes.
+    Right,
+    Left,
+}
+
+/// torchtune's `prompt_template` where it is texts and no code.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TurnTexts {
+    None,
+    /// Before and after the messages of a role.
+    Roles(Vec<(Role, [String; 2])>),
+    /// `[INST]` around a question, the system's message inside the first one.
+    Llama2Chat,
+    /// Likewise, without a system's message.
+    MistralChat,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -77,6 +77,11 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// Returns whether the config says anything of this key, be it null.
+    pub fn is_given(&self, name: &str) -> bool {
+        self.node.is_some_and(|node| node.child(name).is_some())
+    }
+
     pub fn path(&self, name: &str) -> String {
         join(&self.path, name)
     }

@@ -18,7 +18,7 @@ pub mod tokenize;
 mod tests;
 
 pub use batches::{BatchLayout, MicroBatch, microbatches};
-pub use encode::{Encoder, encode_prompt};
+pub use encode::{Encoder, encode_prompt, encode_text};
 pub use order::Order;
 pub use samples::{IGNORE_INDEX, Report, Sample, SampleRef, Tokenized};
 pub use tokenize::prepare;

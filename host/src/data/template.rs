@@ -8,6 +8,21 @@ pub enum Role {
     System,
     User,
     Assistant,
+    /// What a tool answered; the assistant's message before it is the call.
+    Tool,
+}
+
+impl Role {
+    pub const ALL: [Self; 4] = [Self::System, Self::User, Self::Assistant, Self::Tool];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+            Self::Tool => "tool",
+        }
+    }
 }
 
 /// One turn. Each part is tokenised on its own (parity §5.3: pieces are encoded apart).

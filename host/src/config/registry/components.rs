@@ -96,17 +96,41 @@ fn models() -> impl Iterator<Item = Component> {
     })
 }
 
-const TOKENIZER: &[Key] = &[
-    required("path", Type::Text, "tokenizer.json, or the folder that holds it."),
+const VOCABULARY: &[Key] =
+    &[required("path", Type::Text, "tokenizer.json, tokenizer.model or vocab.json, or the folder that holds one.")];
+
+const MESSAGES: &[Key] = &[
     optional("max_seq_len", POSITIVE, "Longer samples are cut to this many tokens."),
-    optional("prompt_template", Type::Any, "A template's name, or a path to a .wasm or .rhai guest."),
-    key("truncation_type", Type::OneOf(&["right", "left"]), "right", "Which end of a long sample goes.")
-        .fixed("samples are cut on the right"),
-    refused("special_tokens_path", "special tokens are read from tokenizer.json"),
-    refused("merges_file", "merges are read from tokenizer.json"),
+    optional(
+        "prompt_template",
+        Type::Any,
+        "A template's name, a path to a .wasm or .rhai guest, or a role's texts: `{user: [before, after]}`.",
+    ),
+    key("truncation_type", Type::OneOf(&["right", "left"]), "right", "Which end of a long sample goes."),
 ];
 
 const SOURCE: &str = "`json` or `parquet` with `data_files`, or a folder of train, validation and test files.";
+const SPECIAL_TOKENS: &[Key] =
+    &[optional("special_tokens_path", Type::Text, "A file whose `added_tokens` follow the vocabulary.")];
+const MERGES: &[Key] = &[optional("merges_file", Type::Text, "The merges of a vocab.json.")];
+
+const NO_SPECIAL_TOKENS: &[Key] = &[refused("special_tokens_path", "the vocabulary file has its special tokens")];
+const NO_MERGES: &[Key] = &[refused("merges_file", "the vocabulary file has its merges")];
+
+const HUGGING_FACE_MODEL: &[Key] = &[
+    required("tokenizer_json_path", Type::Text, "tokenizer.json."),
+    optional("tokenizer_config_json_path", Type::Text, "By default the tokenizer_config.json beside it."),
+    optional("generation_config_path", Type::Text, "By default the generation_config.json beside it."),
+];
+
+const fn tokenizer(
+    name: &'static str,
+    aliases: &'static [&'static str],
+    keys: &'static [&'static [Key]],
+    doc: &'static str,
+) -> Component {
+    Component { role: Role::Tokenizer, name, aliases, keys, refused: None, doc }
+}
 
 const INSTRUCT: &[Key] = &[
     required("source", Type::Text, SOURCE),
@@ -232,19 +256,71 @@ const fn not_yet(role: Role, name: &'static str, aliases: &'static [&'static str
 
 const OTHERS: &[Component] = &[
     // Tokenizers.
-    Component {
-        role: Role::Tokenizer,
-        name: "hf_tokenizer",
-        aliases: &[],
-        keys: &[TOKENIZER],
-        refused: None,
-        doc: "A checkpoint's tokenizer.json; the template's text between its start and end tokens.",
-    },
-    not_yet(
-        Role::Tokenizer,
+    tokenizer(
+        "hf_tokenizer",
+        &[],
+        &[VOCABULARY, MESSAGES, NO_SPECIAL_TOKENS, NO_MERGES],
+        "The template's text between the vocabulary's start and end tokens.",
+    ),
+    tokenizer(
         "llama3_tokenizer",
         &["torchtune.models.llama3.llama3_tokenizer"],
-        "the header tokens of Llama 3's message format are not written yet; `hf_tokenizer` with the model's tokenizer.json trains on the template's text alone",
+        &[VOCABULARY, MESSAGES, SPECIAL_TOKENS, NO_MERGES],
+        "Llama 3's messages: a header with the role, `<|eot_id|>` at the end.",
+    ),
+    tokenizer(
+        "llama2_tokenizer",
+        &["torchtune.models.llama2.llama2_tokenizer"],
+        &[VOCABULARY, MESSAGES, NO_SPECIAL_TOKENS, NO_MERGES],
+        "Llama 2's turns: `[INST]` around the question, by default; `</s>` after the answer.",
+    ),
+    tokenizer(
+        "mistral_tokenizer",
+        &["torchtune.models.mistral.mistral_tokenizer"],
+        &[VOCABULARY, MESSAGES, NO_SPECIAL_TOKENS, NO_MERGES],
+        "Mistral's turns, as Llama 2's, without a system message.",
+    ),
+    tokenizer(
+        "qwen2_tokenizer",
+        &["torchtune.models.qwen2.qwen2_tokenizer"],
+        &[VOCABULARY, MESSAGES, SPECIAL_TOKENS, MERGES],
+        "Qwen 2's messages: `<|im_start|>role`, `<|im_end|>`.",
+    ),
+    tokenizer(
+        "qwen2_5_tokenizer",
+        &["torchtune.models.qwen2_5.qwen2_5_tokenizer"],
+        &[VOCABULARY, MESSAGES, SPECIAL_TOKENS, MERGES],
+        "Qwen 2.5's messages, with tool calls.",
+    ),
+    tokenizer(
+        "qwen3_tokenizer",
+        &["torchtune.models.qwen3.qwen3_tokenizer"],
+        &[VOCABULARY, MESSAGES, SPECIAL_TOKENS, MERGES],
+        "Qwen 3's messages, as Qwen 2.5's.",
+    ),
+    tokenizer(
+        "HuggingFaceModelTokenizer",
+        &["torchtune.modules.transforms.tokenizers.HuggingFaceModelTokenizer"],
+        &[HUGGING_FACE_MODEL, MESSAGES],
+        "The chat template of the checkpoint.",
+    ),
+    not_yet(
+        Role::Tokenizer,
+        "phi3_mini_tokenizer",
+        &["torchtune.models.phi3.phi3_mini_tokenizer"],
+        "models of the Phi family are not built yet",
+    ),
+    not_yet(
+        Role::Tokenizer,
+        "phi4_tokenizer",
+        &["torchtune.models.phi4.phi4_tokenizer"],
+        "models of the Phi family are not built yet",
+    ),
+    not_yet(
+        Role::Tokenizer,
+        "gemma_tokenizer",
+        &["torchtune.models.gemma.gemma_tokenizer"],
+        "models of the Gemma family are not built yet",
     ),
     // Templates: names of guests.
     Component {

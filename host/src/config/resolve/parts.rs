@@ -4,12 +4,15 @@ use std::path::PathBuf;
 
 use serde_yaml::Value;
 
-use super::super::plan::{DevicePlan, Dtype, GuestLimits, GuestRef, LoraPlan, ModelPlan, TokenizerPlan};
+use super::super::plan::{
+    DevicePlan, Dtype, GuestLimits, GuestRef, LoraPlan, MessageFormat, ModelPlan, TokenizerPlan, Truncation, TurnTexts,
+};
 use super::super::registry::keys::LIMITS;
 use super::super::registry::{self, Role};
 use super::super::section::{Found, Reported, Section};
 use super::super::yaml::{Node, Tree};
 use super::{Surroundings, guest};
+use crate::data::template::Role as Speaker;
 
 pub fn model(root: &Section<'_>) -> Found<ModelPlan> {
     let checkpoint = root
@@ -116,10 +119,92 @@ fn lora(section: &Section<'_>) -> Found<Option<LoraPlan>> {
 
 pub fn tokenizer(root: &Section<'_>, around: &Surroundings<'_>) -> Found<TokenizerPlan> {
     let section = root.component("tokenizer")?;
-    let prompt_template = template(&section, "prompt_template", around);
-    let path = section.get::<PathBuf>("path")?;
-    let path = if around.is_folder(&path) { path.join("tokenizer.json") } else { path };
-    Ok(TokenizerPlan { path, max_seq_len: section.get("max_seq_len")?, prompt_template: prompt_template? })
+    let (format, own_texts) = match section.component_name() {
+        "llama3_tokenizer" => (MessageFormat::Llama3, TurnTexts::None),
+        "llama2_tokenizer" => (MessageFormat::Turns, TurnTexts::Llama2Chat),
+        "mistral_tokenizer" => (MessageFormat::Turns, TurnTexts::MistralChat),
+        "qwen2_tokenizer" => (MessageFormat::Qwen2, TurnTexts::None),
+        "qwen2_5_tokenizer" => (MessageFormat::Qwen2_5, TurnTexts::None),
+        "qwen3_tokenizer" => (MessageFormat::Qwen3, TurnTexts::None),
+        "HuggingFaceModelTokenizer" => (MessageFormat::ChatTemplate, TurnTexts::None),
+        _ => (MessageFormat::Plain, TurnTexts::None),
+    };
+    let (turn_texts, prompt_template) = match turn_texts(&section, format) {
+        Ok(Some(texts)) => (Ok(texts), Ok(None)),
+        Ok(None) if section.is_given("prompt_template") => (Ok(TurnTexts::None), template(&section, "prompt_template", around)),
+        Ok(None) => (Ok(own_texts), Ok(None)),
+        Err(reported) => (Err(reported), Ok(None)),
+    };
+    let key = if format == MessageFormat::ChatTemplate { "tokenizer_json_path" } else { "path" };
+    let path = section.get::<PathBuf>(key)?;
+    let path = if around.is_folder(&path) {
+        let names = ["tokenizer.json", "original/tokenizer.model", "tokenizer.model"].map(|name| path.join(name));
+        names.iter().find(|path| around.is_file(path)).unwrap_or(&names[0]).clone()
+    } else {
+        path
+    };
+    let file = |key: &str| if section.knows(key) { section.get::<Option<PathBuf>>(key) } else { Ok(None) };
+    Ok(TokenizerPlan {
+        path,
+        merges_file: file("merges_file")?,
+        special_tokens_path: file("special_tokens_path")?,
+        tokenizer_config: file("tokenizer_config_json_path")?,
+        generation_config: file("generation_config_path")?,
+        format,
+        max_seq_len: section.get("max_seq_len")?,
+        truncation: match section.get::<String>("truncation_type")?.as_str() {
+            "left" => Truncation::Left,
+            _ => Truncation::Right,
+        },
+        prompt_template: prompt_template?,
+        turn_texts: turn_texts?,
+    })
+}
+
+/// A `prompt_template` that is texts and no guest: a family's own by its name, or `{role: [before, after]}`.
+fn turn_texts(section: &Section<'_>, format: MessageFormat) -> Found<Option<TurnTexts>> {
+    const KEY: &str = "prompt_template";
+    const PATHS: [&str; 3] = ["torchtune.data.", "torchtune.models.llama2.", "torchtune.models.mistral."];
+    let Some(node) = section.node(KEY)? else { return Ok(None) };
+    if let Some(name) = node.as_str() {
+        let name = PATHS.iter().find_map(|path| name.strip_prefix(path)).unwrap_or(name);
+        let chat_ml = |role: Speaker| (role, [format!("<|im_start|>{}\n", role.name()), "<|im_end|>\n".to_owned()]);
+        return match name {
+            "Llama2ChatTemplate" | "Llama2ChatFormat" => Ok(Some(TurnTexts::Llama2Chat)),
+            "MistralChatTemplate" | "MistralChatFormat" => Ok(Some(TurnTexts::MistralChat)),
+            "ChatMLTemplate" | "ChatMLFormat" if format.is_qwen() => {
+                let message = format!("`{}` writes ChatML's tokens itself", section.component_name());
+                Err(section.fail(KEY, message, "leave `prompt_template` out, or put other texts there"))
+            }
+            "ChatMLTemplate" | "ChatMLFormat" => {
+                Ok(Some(TurnTexts::Roles([Speaker::System, Speaker::User, Speaker::Assistant].map(chat_ml).to_vec())))
+            }
+            _ => Ok(None),
+        };
+    }
+    if !node.is_map() || node.entry("_component_").is_some() {
+        return Ok(None);
+    }
+    let mut roles = vec![];
+    for entry in node.entries() {
+        let name = if entry.key == "ipython" { "tool" } else { &entry.key };
+        let role = Speaker::ALL.into_iter().find(|role| role.name() == name);
+        let text = |node: &Node| if node.is_null() { Some(String::new()) } else { node.as_str().map(str::to_owned) };
+        let texts: Option<Vec<String>> = match &entry.value.tree {
+            Tree::List(items) => items.iter().map(text).collect(),
+            _ => None,
+        };
+        match (role, texts.map(<[String; 2]>::try_from)) {
+            (Some(role), Some(Ok(texts))) => roles.push((role, texts)),
+            _ => {
+                let what =
+                    format!("`{}.{}` is not a role with the texts before and after it", section.path(KEY), entry.key);
+                let hint = "`prompt_template: {user: [\"Question: \", \"\\nAnswer: \"]}`; roles are system, user, assistant and ipython";
+                return Err(section.fail(KEY, what, hint));
+            }
+        }
+    }
+    Ok(Some(TurnTexts::Roles(roles)))
 }
 
 /// A registered name, a path to a guest, or `{_component_: either, …settings}`.

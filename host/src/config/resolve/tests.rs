@@ -237,12 +237,40 @@ fn templates_are_names_or_files() {
         &["tokenizer.prompt_template=torchtune.data.SumarizeTemplate"],
         "did you mean `torchtune.data.SummarizeTemplate`?",
     );
-    check_mistake(&["tokenizer.prompt_template={user: [a, b]}"], "maps roles to texts");
     let mut bare = surroundings();
     bare.kind = &|_| None;
     let config = Config::parse(TRAIN, Path::new("c.yaml"), &[]).unwrap();
     let error = train(&config, Path::new(""), &bare).unwrap_err().to_string();
     assert!(error.contains("no `templates/summarize.wasm` here or beside the program"), "{error}");
+}
+
+#[test]
+fn tokenizers_have_texts_of_their_own_or_of_the_config() {
+    let texts = |arguments: &[&str]| {
+        let plan = plan(arguments).tokenizer;
+        (plan.turn_texts, plan.prompt_template.is_some())
+    };
+    use crate::config::plan::TurnTexts;
+    use crate::data::template::Role as Speaker;
+    const LLAMA2: &str = "tokenizer={_component_: torchtune.models.llama2.llama2_tokenizer, path: a/tokenizer.model}";
+    assert_eq!(texts(&[LLAMA2]), (TurnTexts::Llama2Chat, false));
+    assert_eq!(texts(&[LLAMA2, "tokenizer.prompt_template=null"]), (TurnTexts::None, false));
+    assert_eq!(texts(&[LLAMA2, "tokenizer.prompt_template=SummarizeTemplate"]), (TurnTexts::None, true));
+    let chat = "tokenizer.prompt_template=torchtune.models.mistral.MistralChatTemplate";
+    assert_eq!(texts(&[chat]), (TurnTexts::MistralChat, false));
+    let roles = texts(&[r#"tokenizer.prompt_template={user: ["Q: ", "\nA: "], ipython: [null, ""]}"#]).0;
+    let expected =
+        [(Speaker::User, ["Q: ".to_owned(), "\nA: ".to_owned()]), (Speaker::Tool, [String::new(), String::new()])];
+    assert_eq!(roles, TurnTexts::Roles(expected.to_vec()));
+    check_mistake(
+        &["tokenizer.prompt_template={human: [a, b]}"],
+        "`tokenizer.prompt_template.human` is not a role with the texts before and after it",
+    );
+    check_mistake(&["tokenizer.prompt_template={user: [a]}"], "`tokenizer.prompt_template.user` is not a role");
+    check_mistake(
+        &["tokenizer=qwen2_tokenizer", "tokenizer.prompt_template=torchtune.data.ChatMLTemplate"],
+        "`qwen2_tokenizer` writes ChatML's tokens itself",
+    );
 }
 
 #[test]
@@ -324,6 +352,13 @@ fn every_honoured_key_is_read() {
             "~dataset_val",
             "~run_val_every_n_steps",
         ],
+        &["tokenizer=llama3_tokenizer"],
+        &["tokenizer=llama2_tokenizer"],
+        &["tokenizer=mistral_tokenizer"],
+        &["tokenizer=qwen2_tokenizer"],
+        &["tokenizer=qwen2_5_tokenizer"],
+        &["tokenizer=qwen3_tokenizer"],
+        &["tokenizer={_component_: HuggingFaceModelTokenizer, tokenizer_json_path: a/tokenizer.json}"],
     ];
     for overrides in train_overrides {
         let overrides: Vec<String> = overrides.iter().map(|argument| argument.to_string()).collect();
