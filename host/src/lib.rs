@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod error;
 pub mod gguf;
 pub mod hf;
+pub mod hub;
 pub mod import;
 pub mod launch;
 pub mod libtorch;

@@ -392,11 +392,11 @@ fn a_prompt_of_nothing() {
 #[test]
 fn a_hub_data_set() {
     assert_snapshot!(Case::new().validate(&["dataset.source=EdinburghNLP/xsum"]), @"
-    exit 2
+    exit 0
+    --- stdout
+    Config is well-formed!
     --- stderr
-    error: `EdinburghNLP/xsum` is no folder here, and data sets of the hub are not read yet
-      --> command line
-    hint: download the data set's files, then `source: json` or `source: parquet` with `data_files`
+    notice: `EdinburghNLP/xsum` is not in the cache; a run fetches it from the hub (command line)
     ");
 }
 

@@ -280,9 +280,9 @@ fn data_that_is_not_there() {
     assert_snapshot!(case.validate(&["dataset.source=model"]), @"
     exit 2
     --- stderr
-    error: the folder `model` has no train, validation or test file
+    error: the folder `model` has no data file
       --> command line
-    hint: name them `train.jsonl` or `train.parquet`, or give `source: json` and `data_files`
+    hint: data files end in .jsonl, .json, .csv, .parquet or .txt; name them `train.jsonl`, `validation.jsonl`
     ");
 }
 

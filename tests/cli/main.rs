@@ -4,6 +4,9 @@
 
 mod config;
 mod files;
+mod hub;
+#[path = "../support/hub.rs"]
+mod support_hub;
 mod verbs;
 
 use std::path::Path;

@@ -21,6 +21,7 @@ fn without_a_verb_it_helps() {
       ls        Lists the recipes and configs that come with it
       cp        Copies a recipe, a template or a config, to change it
       cat       Prints a config
+      download  Fetches a model or a data set from the Hugging Face hub
       import    Turns a GGUF model into a Hugging Face folder
       doctor    Shows what this machine has for a run, and what is wrong with it
 
@@ -31,6 +32,7 @@ fn without_a_verb_it_helps() {
     Examples:
       host ls                                             what comes with it
       host cp smollm2/135M_lora_summarize my.yaml
+      host download meta-llama/Llama-3.2-1B-Instruct --output-dir model
       host validate configs/smollm2/135M_lora_summarize.yaml
       host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
       host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
@@ -95,7 +97,8 @@ fn validate_helps() {
       host validate --json my.yaml | jq .plan.train.optimizer
 
     All mistakes are shown at once, each with its line and column. When there are none, the files are
-    looked at too: model folder, weights, tokenizer, data, guests, output folder.
+    looked at too: model folder, weights, tokenizer, data, guests, output folder. Of a data
+    set on the hub only what is cached is seen: nothing is fetched.
     ");
 }
 

@@ -5,6 +5,9 @@
 
 mod case;
 mod ends;
+mod hub;
 mod mistakes;
 mod results;
 mod soak;
+#[path = "../support/hub.rs"]
+mod support_hub;

@@ -45,6 +45,7 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
     let dataset = DatasetPlan {
         files: vec![],
         format: DataFormat::Jsonl,
+        hub: None,
         split: "train".into(),
         column_map: vec![],
         template: None,

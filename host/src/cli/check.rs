@@ -168,7 +168,7 @@ impl Findings<'_> {
                 Ok(metadata) if !metadata.is_file() => {
                     self.add(&key, Error::config(format!("the data file `{path}` is a pipe or a device")));
                 }
-                Ok(_) => match SourceFile::peek(&file.path, dataset.format) {
+                Ok(_) => match SourceFile::peek(&file.path, &dataset.format) {
                     Err(error) => self.add(&key, error),
                     Ok(head) if head.num_rows == 0 => {
                         self.add(&key, Error::config(format!("the data file `{path}` has no rows")));

@@ -6,6 +6,8 @@ mod cat;
 mod check;
 mod cp;
 mod doctor;
+mod download;
+mod hub_data;
 mod import;
 mod ls;
 mod run;
@@ -21,6 +23,7 @@ const EXAMPLES: &str = "\
 Examples:
   host ls                                             what comes with it
   host cp smollm2/135M_lora_summarize my.yaml
+  host download meta-llama/Llama-3.2-1B-Instruct --output-dir model
   host validate configs/smollm2/135M_lora_summarize.yaml
   host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
   host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
@@ -44,6 +47,7 @@ enum Verb {
     Ls(ls::Args),
     Cp(cp::Args),
     Cat(cat::Args),
+    Download(download::Args),
     Import(import::Args),
     Doctor(doctor::Args),
 }
@@ -56,6 +60,7 @@ pub fn dispatch(cli: Cli) -> Result<()> {
         Some(Verb::Ls(args)) => ls::run(&args),
         Some(Verb::Cp(args)) => cp::run(&args),
         Some(Verb::Cat(args)) => cat::run(&args),
+        Some(Verb::Download(args)) => download::run(&args),
         Some(Verb::Import(args)) => import::run(&args),
         Some(Verb::Doctor(args)) => doctor::run(&args),
         None => Cli::command().print_help().path_context("write to", "stdout"),

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{check, shipped, ui};
+use super::{check, hub_data, shipped, ui};
 use crate::config::plan::Plan;
 use crate::config::resolve::{self, Surroundings};
 use crate::config::{Config, Notice, registry};
@@ -59,8 +59,9 @@ pub fn run(args: &Args) -> Result<()> {
             return Err(Error::all(errors.into_iter().flatten().collect()).unwrap_or_else(|| Error::bug("no error")));
         }
     };
-    let (plan, mut notices) = resolve(&recipe, &config, &around)?;
+    let (mut plan, mut notices) = resolve(&recipe, &config, &around)?;
     notices.extend(check::check(&plan, &config)?);
+    notices.extend(hub_data::settle(&mut plan, &config, true)?);
     if is_first_rank() {
         ui::notices(&notices);
     }

@@ -15,12 +15,35 @@ pub fn surroundings() -> Surroundings<'static> {
     if let Ok(program) = std::env::current_exe() {
         shipped.extend(program.ancestors().skip(1).map(Path::to_owned).filter(|folder| *folder != cwd));
     }
-    Surroundings { seed: draw_seed(), cwd, shipped, cache_dir: cache_dir(), kind: &file_kind }
+    Surroundings {
+        seed: draw_seed(),
+        cwd,
+        shipped,
+        cache_dir: cache_dir(),
+        kind: &file_kind,
+        files_below: &files_below,
+    }
 }
 
 fn file_kind(path: &Path) -> Option<FileKind> {
     let metadata = std::fs::metadata(path).ok()?;
     Some(if metadata.is_dir() { FileKind::Folder } else { FileKind::File })
+}
+
+/// Links to files count, as in the hub's cache; those to folders do not, because they may lead in circles.
+fn files_below(folder: &Path) -> Vec<String> {
+    let (mut found, mut folders) = (vec![], vec![PathBuf::new()]);
+    while let Some(inside) = folders.pop() {
+        for entry in std::fs::read_dir(folder.join(&inside)).into_iter().flatten().flatten() {
+            let path = inside.join(entry.file_name());
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                folders.push(path);
+            } else if let (Some(FileKind::File), Some(name)) = (file_kind(&folder.join(&path)), path.to_str()) {
+                found.push(name.to_owned());
+            }
+        }
+    }
+    found
 }
 
 /// A number nobody chose; std's hasher keys come from the system's randomness. Ranks that torchrun or Slurm starts one by

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{check, shipped, ui};
+use super::{check, hub_data, shipped, ui};
 use crate::config::Notice;
 use crate::config::plan::Plan;
 use crate::config::resolve;
@@ -17,7 +17,8 @@ Examples:
   host validate --json my.yaml | jq .plan.train.optimizer
 
 All mistakes are shown at once, each with its line and column. When there are none, the files are
-looked at too: model folder, weights, tokenizer, data, guests, output folder.";
+looked at too: model folder, weights, tokenizer, data, guests, output folder. Of a data
+set on the hub only what is cached is seen: nothing is fetched.";
 
 /// Checks a config and the files it names
 #[derive(Debug, clap::Args)]
@@ -50,7 +51,7 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn verdict(path: &Path, overrides: &[String], around: &resolve::Surroundings<'_>) -> Result<(Plan, Vec<Notice>)> {
     let config = shipped::load_config(path, overrides, around)?;
-    let (plan, mut notices) = if config.is_generation() {
+    let (mut plan, mut notices) = if config.is_generation() {
         let resolved = resolve::generate(&config, around)?;
         (Plan::Generate(Box::new(resolved.plan)), resolved.notices)
     } else {
@@ -59,6 +60,7 @@ fn verdict(path: &Path, overrides: &[String], around: &resolve::Surroundings<'_>
         (Plan::Train(Box::new(resolved.plan)), resolved.notices)
     };
     notices.extend(check::check(&plan, &config)?);
+    notices.extend(hub_data::settle(&mut plan, &config, false)?);
     Ok((plan, notices))
 }
 

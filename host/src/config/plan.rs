@@ -200,9 +200,12 @@ pub enum TurnTexts {
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DatasetPlan {
-    /// Files to read, in order, by the name of the split they are (`train`, `validation`, `test`).
+    /// Files to read, in order, by the name of the split they are (`train`, `validation`, `test`). A data set of the hub
+    /// has none before [`crate::hub::dataset`] was asked for them; workers always get files.
     pub files: Vec<DataFile>,
     pub format: DataFormat,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hub: Option<HubDataPlan>,
     /// Split expression, parity §5.7: `train[:2000]`.
     pub split: String,
     /// Expected name (`input`, `output`) to column in the data.
@@ -213,6 +216,28 @@ pub struct DatasetPlan {
     pub on_bad_row: OnBadRow,
     /// Where the tokenised rows are cached.
     pub cache_dir: PathBuf,
+}
+
+/// A data set of the hub, as the config asks for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HubDataPlan {
+    /// `org/name`.
+    pub repo: String,
+    /// The subset.
+    pub name: Option<String>,
+    pub revision: Option<String>,
+    /// File names or patterns in the repository; empty: told by name.
+    pub data_files: Vec<DataFile>,
+    /// What `files` were read from; none before the hub was asked.
+    pub pinned: Option<PinnedRevision>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PinnedRevision {
+    /// A branch or tag, such as `refs/convert/parquet`.
+    pub revision: String,
+    /// The commit it was.
+    pub commit: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -228,10 +253,17 @@ pub struct DataFile {
     pub path: PathBuf,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DataFormat {
+    /// An object a line, or one list of objects.
     Jsonl,
+    /// One object, a field of which is the list of rows.
+    JsonField(String),
+    /// Comma-separated, the first line names the columns; `.tsv` files are separated by tabs.
+    Csv,
+    /// A row a line, in the column `text`.
+    Text,
     Parquet,
 }
 

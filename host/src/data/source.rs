@@ -1,12 +1,13 @@
-//! Reads jsonl and parquet files into rows of the columns that are needed, in order, as text.
+//! Reads data files into rows of the columns that are needed, in order, as text: jsonl, json, csv, text, parquet.
 //!
 //! Knows nothing of templates or tokens. A bad row (broken JSON, a missing, null or non-text value) is a value here, not
 //! an error: who reads decides what becomes of it. A column that no row has is an error, because then the config is
-//! wrong and not the data. Numbers and booleans are taken by their text. Rows stream: no file is held in memory.
+//! wrong and not the data. Numbers and booleans are taken by their text. Rows stream: no file is held in memory, but for
+//! one whose rows are a field of an object.
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,11 +16,15 @@ use arrow::array::{Array, RecordBatch, StringArray};
 use arrow::datatypes::DataType;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::config::plan::DataFormat;
 use crate::config::suggest;
 use crate::error::{Error, Result, quoted};
+
+/// The column of a text file's lines.
+const TEXT_COLUMN: &str = "text";
 
 /// One data file, read through once: what decides its rows, how many there are, what they are called.
 #[derive(Clone, Debug)]
@@ -44,7 +49,7 @@ pub struct SourceRow {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
     pub file: Arc<Path>,
-    /// From 1: the line of a jsonl file, the row of a parquet file.
+    /// From 1: the line, or the row of a file that has no lines.
     pub number: u64,
     is_line: bool,
 }
@@ -66,24 +71,26 @@ impl std::fmt::Display for Place {
 }
 
 impl SourceFile {
-    pub fn scan(path: &Path, format: DataFormat) -> Result<Self> {
-        let (num_rows, columns, digest) = match format {
-            DataFormat::Jsonl => scan_jsonl(path, u64::MAX)?,
-            DataFormat::Parquet => scan_parquet(path)?,
+    pub fn scan(path: &Path, format: &DataFormat) -> Result<Self> {
+        let path: Arc<Path> = path.into();
+        let (num_rows, columns) = match format {
+            DataFormat::Parquet => scan_parquet(&path)?,
+            _ => scan_records(&path, format, u64::MAX)?,
         };
-        Ok(Self { path: path.into(), format, num_rows, digest, columns })
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(open(&path)?).map_err(|error| read_error(&path, error))?;
+        let digest = hasher.finalize().to_hex().to_string();
+        Ok(Self { path, format: format.clone(), num_rows, digest, columns })
     }
 
-    /// As [`Self::scan`], but reads no more than tells the columns; rows and digest are those of what was read.
-    pub fn peek(path: &Path, format: DataFormat) -> Result<Self> {
-        let (num_rows, columns, digest) = match format {
-            DataFormat::Jsonl => scan_jsonl(path, ROWS_FOR_COLUMNS)?,
-            DataFormat::Parquet => {
-                let (num_rows, columns) = parquet_head(path)?;
-                (num_rows, columns, String::new())
-            }
+    /// As [`Self::scan`], but reads no more than tells the columns; the rows are those that were read, and there is no digest.
+    pub fn peek(path: &Path, format: &DataFormat) -> Result<Self> {
+        let path: Arc<Path> = path.into();
+        let (num_rows, columns) = match format {
+            DataFormat::Parquet => scan_parquet(&path)?,
+            _ => scan_records(&path, format, ROWS_FOR_COLUMNS)?,
         };
-        Ok(Self { path: path.into(), format, num_rows, digest, columns })
+        Ok(Self { path, format: format.clone(), num_rows, digest: String::new(), columns })
     }
 
     /// Checks that every one of `needed` is a column of the file.
@@ -101,33 +108,25 @@ impl SourceFile {
     }
 
     fn rows(&self, columns: &[String], range: Range<u64>) -> Result<FileRows> {
-        let file = open(&self.path)?;
         let columns = columns.to_vec();
-        let place = Place { file: self.path.clone(), number: 0, is_line: self.format == DataFormat::Jsonl };
-        match self.format {
-            DataFormat::Jsonl => {
-                let lines = BufReader::with_capacity(1 << 20, file);
-                let mut rows = JsonlRows { lines, place, columns, left: 0, buffer: vec![] };
-                for _ in 0..range.start {
-                    rows.next_line()?;
-                }
-                rows.left = range.end - range.start;
-                Ok(FileRows::Jsonl(rows))
+        if self.format != DataFormat::Parquet {
+            let mut records = Records::open(&self.path, &self.format)?;
+            for _ in 0..range.start {
+                records.advance()?;
             }
-            DataFormat::Parquet => {
-                let builder = parquet_builder(&self.path, file)?;
-                let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().map(String::as_str));
-                let reader = builder
-                    .with_projection(mask)
-                    .with_batch_size(1024)
-                    .with_offset(range.start as usize)
-                    .with_limit((range.end - range.start) as usize)
-                    .build()
-                    .map_err(|error| parquet_error(&self.path, error))?;
-                let place = Place { number: range.start, ..place };
-                Ok(FileRows::Parquet(ParquetRows { reader, place, columns, ready: VecDeque::new() }))
-            }
+            return Ok(FileRows::Records { records, columns, left: range.end - range.start });
         }
+        let builder = parquet_builder(&self.path, open(&self.path)?)?;
+        let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().map(String::as_str));
+        let reader = builder
+            .with_projection(mask)
+            .with_batch_size(1024)
+            .with_offset(range.start as usize)
+            .with_limit((range.end - range.start) as usize)
+            .build()
+            .map_err(|error| parquet_error(&self.path, error))?;
+        let place = Place { file: self.path.clone(), number: range.start, is_line: false };
+        Ok(FileRows::Parquet(ParquetRows { reader, place, columns, ready: VecDeque::new() }))
     }
 }
 
@@ -160,78 +159,293 @@ impl Rows {
 }
 
 enum FileRows {
-    Jsonl(JsonlRows),
+    Records { records: Records, columns: Vec<String>, left: u64 },
     Parquet(ParquetRows),
 }
 
 impl FileRows {
     fn next(&mut self) -> Result<Option<SourceRow>> {
-        match self {
-            Self::Jsonl(rows) => rows.next(),
-            Self::Parquet(rows) => rows.next(),
+        let (records, columns, left) = match self {
+            Self::Parquet(rows) => return rows.next(),
+            Self::Records { left: 0, .. } => return Ok(None),
+            Self::Records { records, columns, left } => (records, columns, left),
+        };
+        if !records.advance()? {
+            let file = records.place.file.display();
+            return Err(Error::run(format!("`{file}` became shorter while it was read")));
         }
+        *left -= 1;
+        Ok(Some(SourceRow { place: records.place.clone(), cells: records.cells(columns) }))
     }
 }
 
-struct JsonlRows {
-    lines: BufReader<File>,
-    /// The line read last.
+/// A file of records that are read one after the other.
+struct Records {
+    kind: RecordKind,
+    /// The record read last.
     place: Place,
-    columns: Vec<String>,
-    left: u64,
-    buffer: Vec<u8>,
 }
 
-impl JsonlRows {
-    /// Reads the next line that is not blank into `buffer`.
-    fn next_line(&mut self) -> Result<bool> {
-        let path = self.place.file.clone();
-        let read = read_line(&mut self.lines, &mut self.buffer, &mut self.place.number);
-        read.map_err(|error| read_error(&path, error))
+enum RecordKind {
+    Jsonl {
+        lines: BufReader<File>,
+        line: Vec<u8>,
+    },
+    Array {
+        reader: CountingReader,
+        is_first: bool,
+        object: Map<String, Value>,
+    },
+    Field {
+        rows: std::vec::IntoIter<Value>,
+        row: Value,
+    },
+    Csv {
+        reader: Box<csv::Reader<BufReader<File>>>,
+        header: csv::StringRecord,
+        record: Result<csv::StringRecord, String>,
+    },
+    Text {
+        lines: BufReader<File>,
+        line: Vec<u8>,
+    },
+}
+
+impl Records {
+    fn open(path: &Arc<Path>, format: &DataFormat) -> Result<Self> {
+        let failed = |error| read_error(path, error);
+        let mut lines = BufReader::with_capacity(1 << 20, open(path)?);
+        let kind = match format {
+            DataFormat::Jsonl if CountingReader::list_in(&mut lines).map_err(failed)? => {
+                let mut reader = CountingReader { inner: lines, line: 1 };
+                reader.skip_blanks().and_then(|_| reader.step()).map_err(failed)?;
+                RecordKind::Array { reader, is_first: true, object: Map::new() }
+            }
+            DataFormat::Jsonl => RecordKind::Jsonl { lines, line: vec![] },
+            DataFormat::JsonField(field) => {
+                RecordKind::Field { rows: rows_of_field(path, lines, field)?.into_iter(), row: Value::Null }
+            }
+            DataFormat::Csv => {
+                let is_tsv = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("tsv"));
+                let delimiter = if is_tsv { b'\t' } else { b',' };
+                let mut reader = Box::new(csv::ReaderBuilder::new().delimiter(delimiter).from_reader(lines));
+                let header = reader.headers().map_err(|error| {
+                    Error::config(format!("cannot read the first line of `{}` as names of columns", path.display()))
+                        .cause(error)
+                })?;
+                RecordKind::Csv { header: header.clone(), reader, record: Ok(csv::StringRecord::new()) }
+            }
+            DataFormat::Text => RecordKind::Text { lines, line: vec![] },
+            DataFormat::Parquet => return Err(Error::bug("parquet is not read record by record")),
+        };
+        let is_line = !matches!(kind, RecordKind::Field { .. });
+        Ok(Self { kind, place: Place { file: path.clone(), number: 0, is_line } })
     }
 
-    fn next(&mut self) -> Result<Option<SourceRow>> {
-        if self.left == 0 {
-            return Ok(None);
+    /// Reads the next record; false at the end.
+    fn advance(&mut self) -> Result<bool> {
+        let path = self.place.file.clone();
+        let failed = |error| read_error(&path, error);
+        match &mut self.kind {
+            RecordKind::Jsonl { lines, line } => read_line(lines, line, &mut self.place.number).map_err(failed),
+            RecordKind::Text { lines, line } => {
+                line.clear();
+                self.place.number += 1;
+                Ok(lines.read_until(b'\n', line).map_err(failed)? > 0)
+            }
+            RecordKind::Array { reader, is_first, object } => {
+                let mut next = reader.skip_blanks().map_err(failed)?;
+                if next == Some(b']') {
+                    reader.step().map_err(failed)?;
+                    let rest = reader.skip_blanks().map_err(failed)?;
+                    return match rest {
+                        None => Ok(false),
+                        Some(_) => Err(Error::config(format!("something follows the list of `{}`", path.display()))
+                            .at(&*path, Some(reader.line as usize), None)
+                            .hint("a file is one list of objects, or one object a line")),
+                    };
+                }
+                let needs_comma = !std::mem::take(is_first);
+                let has_comma = needs_comma && next == Some(b',');
+                if has_comma {
+                    reader.step().map_err(failed)?;
+                    next = reader.skip_blanks().map_err(failed)?;
+                }
+                self.place.number = reader.line;
+                let wrong = |why: String| {
+                    let error = Error::config(format!("`{}` is not a list of JSON objects", path.display()));
+                    error.at(&*path, Some(self.place.number as usize), None).cause(why)
+                };
+                match next {
+                    Some(b'{') if has_comma == needs_comma => {}
+                    Some(b'{') => return Err(wrong("a comma is missing before it".to_owned())),
+                    Some(other) => return Err(wrong(format!("an object was expected, found `{}`", other as char))),
+                    None => return Err(wrong("the file ends before the list".to_owned())),
+                }
+                // Reads to the closing brace and no further.
+                *object = Map::deserialize(&mut serde_json::Deserializer::from_reader(&mut *reader))
+                    .map_err(|error| wrong(without_position(&error)))?;
+                Ok(true)
+            }
+            RecordKind::Field { rows, row } => {
+                self.place.number += 1;
+                Ok(rows.next().map(|next| *row = next).is_some())
+            }
+            RecordKind::Csv { reader, record, .. } => {
+                let mut next = csv::StringRecord::new();
+                let line = reader.position().line();
+                let outcome = reader.read_record(&mut next);
+                self.place.number = next.position().map_or(line, csv::Position::line);
+                *record = match outcome {
+                    Ok(false) => return Ok(false),
+                    Ok(true) => Ok(next),
+                    Err(error) => match error.kind() {
+                        csv::ErrorKind::UnequalLengths { expected_len, len, pos } => {
+                            self.place.number = pos.as_ref().map_or(line, csv::Position::line);
+                            Err(format!("it has {len} values, and the first line names {expected_len} columns"))
+                        }
+                        csv::ErrorKind::Utf8 { pos, err } => {
+                            self.place.number = pos.as_ref().map_or(line, csv::Position::line);
+                            Err(format!("it is not UTF-8: {err}"))
+                        }
+                        _ => return Err(Error::config(format!("cannot read `{}`", path.display())).cause(error)),
+                    },
+                };
+                Ok(true)
+            }
         }
-        if !self.next_line()? {
-            return Err(Error::run(format!("`{}` became shorter while it was read", self.place.file.display())));
+    }
+
+    /// The columns that the record read last has.
+    fn columns(&self) -> Vec<String> {
+        let keys = |object: &Map<String, Value>| object.keys().cloned().collect();
+        match &self.kind {
+            RecordKind::Jsonl { line, .. } => parse_object(line).as_ref().map(keys).unwrap_or_default(),
+            RecordKind::Array { object, .. } => keys(object),
+            RecordKind::Field { row, .. } => row.as_object().map(keys).unwrap_or_default(),
+            RecordKind::Csv { header, .. } => header.iter().map(str::to_owned).collect(),
+            RecordKind::Text { .. } => vec![TEXT_COLUMN.to_owned()],
         }
-        self.left -= 1;
-        let cells = parse_object(&self.buffer)
-            .and_then(|object| self.columns.iter().map(|column| json_text(object.get(column), column)).collect());
-        Ok(Some(SourceRow { place: self.place.clone(), cells }))
+    }
+
+    /// The values of the record read last, or why it is bad.
+    fn cells(&self, columns: &[String]) -> Result<Vec<String>, String> {
+        let of_object = |object: &Map<String, Value>| {
+            columns.iter().map(|column| json_text(object.get(column), column)).collect::<Result<_, _>>()
+        };
+        match &self.kind {
+            RecordKind::Jsonl { line, .. } => of_object(&parse_object(line)?),
+            RecordKind::Array { object, .. } => of_object(object),
+            RecordKind::Field { row: Value::Object(object), .. } => of_object(object),
+            RecordKind::Field { row, .. } => Err(format!("the row is {}, not an object", json_kind(row))),
+            RecordKind::Csv { header, record, .. } => {
+                let record = record.as_ref().map_err(Clone::clone)?;
+                let cell = |column: &String| {
+                    let at = header.iter().position(|name| name == column);
+                    let cell = at.and_then(|at| record.get(at)).map(str::to_owned);
+                    cell.ok_or_else(|| format!("`{column}` is missing"))
+                };
+                columns.iter().map(cell).collect()
+            }
+            RecordKind::Text { line, .. } => {
+                let line = line.strip_suffix(b"\n").unwrap_or(line);
+                let line = line.strip_suffix(b"\r").unwrap_or(line);
+                let text = str::from_utf8(line).map_err(|error| format!("the line is not UTF-8: {error}"))?;
+                Ok(columns.iter().map(|_| text.to_owned()).collect())
+            }
+        }
+    }
+}
+
+/// Counts the lines of what is read from it.
+struct CountingReader {
+    inner: BufReader<File>,
+    line: u64,
+}
+
+impl CountingReader {
+    /// Returns whether a file begins with a list, blanks and a byte order mark aside.
+    fn list_in(lines: &mut BufReader<File>) -> std::io::Result<bool> {
+        let start = lines.fill_buf()?;
+        let start = start.strip_prefix(BYTE_ORDER_MARK).unwrap_or(start).trim_ascii_start();
+        // The whole file may be one line that starts a list of rows; `["a", "b"]` in a line of its own is a bad row.
+        Ok(start.first() == Some(&b'[') && matches!(start[1..].trim_ascii_start().first(), Some(b'{' | b']') | None))
+    }
+
+    /// Goes to the next byte that is not blank and returns it.
+    fn skip_blanks(&mut self) -> std::io::Result<Option<u8>> {
+        if self.line == 1 && self.inner.fill_buf()?.starts_with(BYTE_ORDER_MARK) {
+            self.inner.consume(BYTE_ORDER_MARK.len());
+        }
+        loop {
+            match self.inner.fill_buf()?.first() {
+                Some(byte) if byte.is_ascii_whitespace() => self.step()?,
+                other => return Ok(other.copied()),
+            }
+        }
+    }
+
+    fn step(&mut self) -> std::io::Result<()> {
+        self.read(&mut [0]).map(|_| ())
+    }
+}
+
+impl Read for CountingReader {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.line += buffer[..count].iter().filter(|byte| **byte == b'\n').count() as u64;
+        Ok(count)
+    }
+}
+
+fn rows_of_field(path: &Path, file: impl Read, field: &str) -> Result<Vec<Value>> {
+    let value: Value = serde_json::from_reader(file).map_err(|error| {
+        Error::config(format!("`{}` is not JSON", path.display()))
+            .at(path, Some(error.line()), Some(error.column()))
+            .cause(without_position(&error))
+    })?;
+    let wrong = |found: &str, hint: String| {
+        Err(Error::config(format!("`{}` has no list of rows in its field `{field}`: {found}", path.display()))
+            .hint(hint))
+    };
+    match value {
+        Value::Object(mut object) => match object.remove(field) {
+            Some(Value::Array(rows)) => Ok(rows),
+            Some(other) => wrong(&format!("it is {}", json_kind(&other)), "`field` names a list of objects".to_owned()),
+            None => {
+                let keys: Vec<String> = object.keys().map(|key| format!("`{key}`")).collect();
+                wrong("there is none", format!("its fields are {}", keys.join(", ")))
+            }
+        },
+        other => {
+            wrong(&format!("the file is {}", json_kind(&other)), "leave `field` out for a list of rows".to_owned())
+        }
     }
 }
 
 /// Objects need not all have every key: the first hundred say which there are.
 const ROWS_FOR_COLUMNS: u64 = 100;
 
-fn scan_jsonl(path: &Path, most_rows: u64) -> Result<(u64, Vec<String>, String)> {
-    let mut lines = BufReader::with_capacity(1 << 20, open(path)?);
-    let mut hasher = blake3::Hasher::new();
-    let (mut buffer, mut number, mut num_rows, mut columns) = (vec![], 0, 0, vec![]);
-    while num_rows < most_rows
-        && read_line(&mut lines, &mut buffer, &mut number).map_err(|error| read_error(path, error))?
-    {
-        hasher.update(&buffer);
+/// Goes through a file once, or its first rows: how many, and the columns.
+fn scan_records(path: &Arc<Path>, format: &DataFormat, most_rows: u64) -> Result<(u64, Vec<String>)> {
+    let mut records = Records::open(path, format)?;
+    let (mut num_rows, mut columns) = (0, vec![]);
+    while num_rows < most_rows && records.advance()? {
         num_rows += 1;
         if num_rows <= ROWS_FOR_COLUMNS {
-            for (key, _) in parse_object(&buffer).into_iter().flatten() {
-                if !columns.contains(&key) {
-                    columns.push(key);
+            for column in records.columns() {
+                if !columns.contains(&column) {
+                    columns.push(column);
                 }
             }
         }
     }
     if num_rows > 0 && columns.is_empty() {
-        return Err(Error::config(format!(
-            "`{}` is not a jsonl file: none of its first lines is a JSON object",
-            path.display()
-        ))
-        .hint("each line has to be one object, such as {\"document\": \"…\", \"summary\": \"…\"}"));
+        let shown = path.display();
+        return Err(Error::config(format!("`{shown}` is not a jsonl file: none of its first rows is a JSON object"))
+            .hint("each line has to be one object, such as {\"document\": \"…\", \"summary\": \"…\"}"));
     }
-    Ok((num_rows, columns, hasher.finalize().to_hex().to_string()))
+    Ok((num_rows, columns))
 }
 
 /// Reads the next line that is not blank, its line break kept, and counts lines in `number`; false at the end.
@@ -248,15 +462,23 @@ fn read_line(lines: &mut impl BufRead, buffer: &mut Vec<u8>, number: &mut u64) -
     }
 }
 
+/// What some editors put before the first line.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 fn parse_object(line: &[u8]) -> Result<Map<String, Value>, String> {
-    // A byte order mark is what some editors put before the first line.
-    let line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line).trim_ascii_end();
+    let line = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line).trim_ascii_end();
     match serde_json::from_slice(line) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(other) => Err(format!("the line is {}, not an object", json_kind(&other))),
         // The parser's own line is always the first.
         Err(error) => Err(format!("the line is not JSON: {error}").replace(" at line 1 column ", " at column ")),
     }
+}
+
+/// The parser counts from where it began, not from the start of the file.
+fn without_position(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    text.rsplit_once(" at line ").map_or(text.clone(), |(what, _)| what.to_owned())
 }
 
 fn json_text(value: Option<&Value>, column: &str) -> Result<String, String> {
@@ -333,17 +555,11 @@ fn text_column(batch: &RecordBatch, column: &str) -> Result<StringArray> {
     text.cloned().ok_or_else(|| Error::bug(format!("column `{column}` did not become text")))
 }
 
-fn parquet_head(path: &Path) -> Result<(u64, Vec<String>)> {
+fn scan_parquet(path: &Path) -> Result<(u64, Vec<String>)> {
     let builder = parquet_builder(path, open(path)?)?;
     let num_rows = u64::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or_default();
-    Ok((num_rows, builder.schema().fields().iter().map(|field| field.name().clone()).collect()))
-}
-
-fn scan_parquet(path: &Path) -> Result<(u64, Vec<String>, String)> {
-    let (num_rows, columns) = parquet_head(path)?;
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(open(path)?).map_err(|error| read_error(path, error))?;
-    Ok((num_rows, columns, hasher.finalize().to_hex().to_string()))
+    let columns = builder.schema().fields().iter().map(|field| field.name().clone()).collect();
+    Ok((num_rows, columns))
 }
 
 fn parquet_builder(path: &Path, file: File) -> Result<ParquetRecordBatchReaderBuilder<File>> {

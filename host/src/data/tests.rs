@@ -84,6 +84,7 @@ impl Case {
         let plan = DatasetPlan {
             files: vec![],
             format,
+            hub: None,
             split: "train".to_owned(),
             column_map: [("input", "document"), ("output", "summary")]
                 .map(|(a, b)| (a.to_owned(), b.to_owned()))
@@ -104,6 +105,13 @@ impl Case {
         let path = self.folder.path().join(format!("{}.data", self.plan.files.len()));
         std::fs::write(&path, content).unwrap();
         self.plan.files.push(DataFile { split: split.to_owned(), path });
+        self
+    }
+
+    fn file_named(mut self, name: &str, content: impl AsRef<[u8]>) -> Self {
+        let path = self.folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        self.plan.files.push(DataFile { split: "train".to_owned(), path });
         self
     }
 
@@ -272,6 +280,87 @@ fn bad_rows_name_file_and_row() {
     assert!(error.contains("0.data:2") && error.contains("the line is not JSON: invalid unicode"), "{error}");
 }
 
+/// The same rows in every format, more of them than go through in one batch.
+#[test]
+fn every_text_format_gives_the_same_samples() {
+    let rows: Vec<(String, String)> = (0..300).map(|i| (format!("a \"{i}\", b\nc"), format!("s{i}"))).collect();
+    let objects: Vec<_> =
+        rows.iter().map(|(d, s)| serde_json::json!({"document": d, "summary": s, "other": [1, {"a": "]"}]})).collect();
+    let lines: String = objects.iter().map(|object| format!("{object}\n")).collect();
+    let quoted = |text: &str| format!("\"{}\"", text.replace('"', "\"\""));
+    let csv: String = rows.iter().map(|(d, s)| format!("{s},{}\r\n", quoted(d))).collect();
+    let tsv: String = rows.iter().map(|(d, s)| format!("{s}\t{}\n", quoted(d))).collect();
+    let expected = Case::jsonl(&lines).split("train[10:290]").prepare().unwrap().digest().to_owned();
+    let cases = [
+        Case::jsonl(&serde_json::to_string(&objects).unwrap()),
+        Case::jsonl(&format!("\u{feff}\n{:#}\n", serde_json::Value::from(objects.clone()))),
+        Case::new(DataFormat::JsonField("rows".into()))
+            .file("train", serde_json::json!({"version": 1, "rows": objects}).to_string()),
+        Case::new(DataFormat::Csv).file("train", format!("\u{feff}summary,document\r\n{csv}")),
+        Case::new(DataFormat::Csv).file_named("rows.tsv", format!("summary\tdocument\n{tsv}")),
+    ];
+    for case in cases {
+        let case = case.split("train[10:290]");
+        assert_eq!(case.prepare().unwrap().digest(), expected, "{:?} {:?}", case.plan.format, case.plan.files);
+    }
+}
+
+#[test]
+fn a_text_file_is_a_row_a_line() {
+    let mut case = Case::new(DataFormat::Text).file("train", "one\n\ntwo\r\nthree");
+    case.plan.column_map = vec![("input".into(), "text".into()), ("output".into(), "text".into())];
+    assert_eq!(documents(&case.prepare().unwrap()), ["one", "", "two", "three"]);
+    case = case.split("train[2:]");
+    assert_eq!(documents(&case.prepare().unwrap()), ["two", "three"]);
+    let case = Case::new(DataFormat::Text).file("train", b"fine\ncaf\xe9\n");
+    let Case { mut plan, folder, max_seq_len } = case;
+    plan.column_map = vec![("input".into(), "text".into()), ("output".into(), "text".into())];
+    Case { plan, folder, max_seq_len }.check_error(
+        "error: line 2 of `0.data` is a bad row\n  --> 0.data:2\n\
+         cause: the line is not UTF-8: incomplete utf-8 byte sequence from index 3\n\
+         hint: repair the row, or leave such rows out with `dataset.on_bad_row: skip`",
+    );
+}
+
+#[test]
+fn bad_rows_of_other_formats_name_their_line() {
+    let hint = "hint: repair the row, or leave such rows out with `dataset.on_bad_row: skip`";
+    let csv = |text: &str| Case::new(DataFormat::Csv).file("train", text);
+    csv("document,summary\na,b\n\"two\nlines\",c\nalone\nd,e\n").check_error(&format!(
+        "error: line 5 of `0.data` is a bad row\n  --> 0.data:5\n\
+         cause: it has 1 values, and the first line names 2 columns\n{hint}"
+    ));
+    assert_eq!(documents(&csv("document,summary\na,b\nalone\nd,e\n").plan_skips().prepare().unwrap()), ["a", "d"]);
+    csv("document,other\na,b\n").check_error(
+        "error: the data has no column `summary`\n  --> 0.data\n\
+         hint: its columns are `document`, `other`; `dataset.column_map` says which to take",
+    );
+    Case::jsonl("[\n{\"document\": \"a\", \"summary\": \"s\"},\n{\"document\": 7},\n{\"document\": 8}]").check_error(
+        &format!("error: line 3 of `0.data` is a bad row\n  --> 0.data:3\ncause: `summary` is missing\n{hint}"),
+    );
+    let list = |text: &str, line: usize, cause: &str| {
+        Case::jsonl(text).check_error(&format!(
+            "error: `0.data` is not a list of JSON objects\n  --> 0.data:{line}\ncause: {cause}"
+        ));
+    };
+    list("[\n{\"document\": }]", 2, "expected value");
+    list("[{\"document\": \"a\"},\n 3]", 2, "an object was expected, found `3`");
+    list("[{\"document\": \"a\"}\n{}]", 2, "a comma is missing before it");
+    list("[{\"document\": \"a\"},\n]", 2, "an object was expected, found `]`");
+    list("[{\"document\": \"a\"}\n", 2, "the file ends before the list");
+    Case::jsonl("[{\"document\": \"a\"}]\n{\"document\": \"b\"}\n").check_error(
+        "error: something follows the list of `0.data`\n  --> 0.data:2\nhint: a file is one list of objects, or one object a line",
+    );
+    let field = |text: &str| Case::new(DataFormat::JsonField("rows".into())).file("train", text);
+    field("{\"data\": [], \"version\": 1}").check_error(
+        "error: `0.data` has no list of rows in its field `rows`: there is none\nhint: its fields are `data`, `version`",
+    );
+    field("{\"rows\": [1]}").plan_skips().check_error(
+        "error: `0.data` is not a jsonl file: none of its first rows is a JSON object\n\
+         hint: each line has to be one object, such as {\"document\": \"…\", \"summary\": \"…\"}",
+    );
+}
+
 #[test]
 fn the_first_bad_row_is_reported_however_many_threads_there_are() {
     let mut documents = vec!["fine"; 3000];
@@ -316,7 +405,7 @@ fn wrong_data_sets_are_config_errors() {
          hint: its columns are `document`; `column_map` says which to take",
     );
     Case::jsonl("some text\nand more\n").check_error(
-        "error: `0.data` is not a jsonl file: none of its first lines is a JSON object\n\
+        "error: `0.data` is not a jsonl file: none of its first rows is a JSON object\n\
          hint: each line has to be one object, such as {\"document\": \"…\", \"summary\": \"…\"}",
     );
     Case::jsonl(&rows(&["a"]))
@@ -583,4 +672,49 @@ fn a_message_that_a_format_has_no_place_for_is_a_bad_row() {
     };
     assert!(why("mistral", &[Role::System, Role::User]).contains("Mistral's format has no system message"));
     assert!(why("llama2", &[Role::System, Role::Assistant]).contains("no user's message follows the system message"));
+}
+
+mod damaged_files {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::data::source::{Rows, SourceFile};
+
+    fn files() -> impl Strategy<Value = (DataFormat, &'static str)> {
+        prop_oneof![
+            Just((DataFormat::Jsonl, "{\"a\": \"x\", \"b\": 1}\n\n{\"a\": null}\n")),
+            Just((DataFormat::Jsonl, "[{\"a\": \"x\", \"b\": [1]},\n {\"a\": \"y\"}\n]\n")),
+            Just((DataFormat::JsonField("r".into()), "{\"v\": 1, \"r\": [{\"a\": \"x\"}, {\"a\": \"y\"}]}")),
+            Just((DataFormat::Csv, "a,b\n\"x, \"\"\ny\",1\nz,2\n")),
+            Just((DataFormat::Text, "one\r\n\ntwo")),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// An error or rows, as many as were counted; never a panic.
+        #[test]
+        fn are_errors_or_rows(
+            (format, text) in files(),
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3u8), 0..6),
+        ) {
+            let mut bytes = text.as_bytes().to_vec();
+            for (at, byte, kind) in edits {
+                let at = at.index(bytes.len() + 1);
+                match kind {
+                    0 => bytes.insert(at, byte),
+                    1 => bytes.truncate(at),
+                    _ => bytes.splice(at..(at + 1).min(bytes.len()), *b"\"[").for_each(drop),
+                }
+            }
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), &bytes).unwrap();
+            if let Ok(source) = SourceFile::scan(file.path(), &format) {
+                let (num_rows, columns) = (source.num_rows, source.columns.clone());
+                let mut rows = Rows::new(vec![(source, 0..num_rows)], columns);
+                prop_assert_eq!(rows.take(1000).unwrap().len() as u64, num_rows);
+            }
+        }
+    }
 }

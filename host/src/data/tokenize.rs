@@ -67,7 +67,7 @@ fn select_pieces(plan: &DatasetPlan) -> Result<Vec<(SourceFile, std::ops::Range<
         }
         // A split that is not asked for need not even be readable.
         if slices.iter().any(|slice| slice.split == file.split) {
-            let source = SourceFile::scan(&file.path, plan.format)?;
+            let source = SourceFile::scan(&file.path, &plan.format)?;
             source.require(&needed)?;
             files.push((&file.split, source));
         }
@@ -103,8 +103,17 @@ fn cache_key(
     template: &dyn OpenTemplate,
 ) -> String {
     // Without `..`, so that a new key of the section has to be thought of here.
-    let DatasetPlan { files: _, format, split: _, column_map, template: _, train_on_input, on_bad_row, cache_dir: _ } =
-        plan;
+    let DatasetPlan {
+        files: _,
+        format,
+        hub: _,
+        split: _,
+        column_map,
+        template: _,
+        train_on_input,
+        on_bad_row,
+        cache_dir: _,
+    } = plan;
     let rows: Vec<_> = pieces.iter().map(|(file, range)| (&file.digest, range)).collect();
     cache::key(&[
         &format!("{format:?} {rows:?}"),

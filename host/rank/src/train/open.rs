@@ -390,6 +390,7 @@ fn record(plan: &TrainPlan, inputs: &Inputs, position: &Position) -> serde_json:
         "world_size": inputs.env.world_size,
         "samples_per_step": position.samples_per_step,
         "data_digest": position.identity.data_digest,
+        "hub_data": plan.dataset.hub,
         "prompt_template": plan.tokenizer.prompt_template,
         "tokenizer": plan.tokenizer.path,
     })

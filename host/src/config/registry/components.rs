@@ -109,7 +109,7 @@ const MESSAGES: &[Key] = &[
     key("truncation_type", Type::OneOf(&["right", "left"]), "right", "Which end of a long sample goes."),
 ];
 
-const SOURCE: &str = "`json` or `parquet` with `data_files`, or a folder of train, validation and test files.";
+const SOURCE: &str = "A folder, a hub data set `org/name`, or `json`, `csv`, `parquet` or `text` with `data_files`.";
 const SPECIAL_TOKENS: &[Key] =
     &[optional("special_tokens_path", Type::Text, "A file whose `added_tokens` follow the vocabulary.")];
 const MERGES: &[Key] = &[optional("merges_file", Type::Text, "The merges of a vocab.json.")];
@@ -154,6 +154,9 @@ const ALPACA_CLEANED: &[Key] = &[
 /// Of every data set.
 const ROWS: &[Key] = &[
     optional("data_files", Type::Any, "A file, a list of files, or a mapping of split to files."),
+    optional("field", Type::Text, "The field of a `json` file that holds the list of rows."),
+    optional("name", Type::Text, "The subset of a hub data set."),
+    optional("revision", Type::Text, "The branch, tag or commit of a hub data set."),
     key("split", Type::Text, "train", "Which rows: `train`, `train[:2000]`, `train[90%:]+test`."),
     optional("column_map", Type::Any, "Names the template knows to the columns of the data."),
     key("on_bad_row", Type::OneOf(&["error", "skip"]), "error", "What a row that cannot be used does."),
@@ -163,9 +166,7 @@ const ROWS: &[Key] = &[
         .satisfied("no code of a data set is ever run"),
     refused("new_system_prompt", "system messages are written by the template"),
     refused("filter_fn", "a config cannot name code; let the template skip rows"),
-    refused("name", "subsets belong to hub data sets, which are not read yet"),
     refused("data_dir", "give `data_files`"),
-    refused("revision", "revisions belong to hub data sets, which are not read yet"),
 ];
 
 const CHECKPOINTER: &[Key] = &[

@@ -2,22 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-use super::super::plan::{DataFile, DataFormat, DatasetPlan, OnBadRow, TemplatePlan};
+use super::super::plan::{DataFile, DataFormat, DatasetPlan, HubDataPlan, OnBadRow, TemplatePlan};
 use super::super::section::{Found, Reported, Section};
 use super::super::yaml::{Node, Tree};
+use super::data_files::{by_names, format_of};
 use super::{Surroundings, parts};
 
-/// File names a data folder may have for a split; the first is the split's name.
-const SPLITS: [&[&str]; 3] = [&["train"], &["validation", "valid", "val", "dev"], &["test"]];
-const FORMATS: [(&str, DataFormat); 3] =
-    [("jsonl", DataFormat::Jsonl), ("json", DataFormat::Jsonl), ("parquet", DataFormat::Parquet)];
-
 pub fn dataset(section: &Section<'_>, cache_dir: &Path, around: &Surroundings<'_>) -> Found<DatasetPlan> {
-    let files = source(section, around);
+    let source = source(section, around);
     let template = template(section, around);
     let column_map = column_map(section, template.as_ref().ok().and_then(Option::as_ref));
     let split = section.get::<String>("split");
-    if let (Ok((files, _)), Ok(split)) = (&files, &split) {
+    if let (Ok(Source { files, hub: None, .. }), Ok(split)) = (&source, &split) {
         check_split(section, split, files)?;
     }
     let on_bad_row = match section.get::<String>("on_bad_row")?.as_str() {
@@ -26,10 +22,11 @@ pub fn dataset(section: &Section<'_>, cache_dir: &Path, around: &Surroundings<'_
         _ => return Err(Reported),
     };
     let train_on_input = section.get("train_on_input")?;
-    let (files, format) = files?;
+    let Source { files, format, hub } = source?;
     Ok(DatasetPlan {
         files,
         format,
+        hub,
         split: split?,
         column_map: column_map?,
         template: template?.map(|(plan, _)| plan),
@@ -39,24 +36,52 @@ pub fn dataset(section: &Section<'_>, cache_dir: &Path, around: &Surroundings<'_
     })
 }
 
-fn source(section: &Section<'_>, around: &Surroundings<'_>) -> Found<(Vec<DataFile>, DataFormat)> {
+/// Where rows come from: files, and their format; or the hub, which is asked later.
+struct Source {
+    files: Vec<DataFile>,
+    format: DataFormat,
+    hub: Option<HubDataPlan>,
+}
+
+fn source(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Source> {
     let source = section.get::<String>("source")?;
-    let data_files = section.node("data_files")?;
-    let format = match source.as_str() {
-        "json" => DataFormat::Jsonl,
-        "parquet" => DataFormat::Parquet,
-        "csv" | "text" => {
+    let data_files = data_files(section)?;
+    let field = section.get::<Option<String>>("field")?;
+    let name = section.get::<Option<String>>("name")?;
+    let revision = section.get::<Option<String>>("revision")?;
+    let is_hub = is_hub_name(&source) && !around.is_folder(Path::new(&source)) && !around.is_file(Path::new(&source));
+    if is_hub {
+        // The format is the files'; until they are known, any.
+        let hub = HubDataPlan { repo: source, name, revision, data_files, pinned: None };
+        let format = field.map_or(DataFormat::Jsonl, DataFormat::JsonField);
+        return Ok(Source { files: vec![], format, hub: Some(hub) });
+    }
+    for (key, value) in [("name", name), ("revision", revision)] {
+        if value.is_some() {
             return Err(section.fail(
-                "source",
-                format!("`{source}` files are not read yet"),
-                "`source: json` reads one JSON object a line, `source: parquet` Parquet",
+                key,
+                format!("`{}` belongs to data sets of the hub, and `{source}` is not one", section.path(key)),
+                "leave it out, or give `source: org/name`",
             ));
         }
-        _ if data_files.is_some() => {
+    }
+    let format = match source.as_str() {
+        "json" => field.map_or(DataFormat::Jsonl, DataFormat::JsonField),
+        _ if field.is_some() => {
+            return Err(section.fail(
+                "field",
+                format!("`{}` belongs to `source: json`", section.path("field")),
+                "leave it out",
+            ));
+        }
+        "parquet" => DataFormat::Parquet,
+        "csv" => DataFormat::Csv,
+        "text" => DataFormat::Text,
+        _ if !data_files.is_empty() => {
             return Err(section.fail(
                 "source",
                 format!(
-                    "`{}` says how `data_files` are read, and `{source}` is neither `json` nor `parquet`",
+                    "`{}` says how `data_files` are read, and `{source}` is none of `json`, `csv`, `parquet`, `text`",
                     section.path("source")
                 ),
                 "for a folder of train, validation and test files leave `data_files` out",
@@ -64,14 +89,37 @@ fn source(section: &Section<'_>, around: &Surroundings<'_>) -> Found<(Vec<DataFi
         }
         _ => return folder(section, &source, around),
     };
-    let Some(node) = data_files else {
+    if data_files.is_empty() {
         return Err(section.fail(
             "source",
             format!("`source: {source}` needs `{}`", section.path("data_files")),
             "`data_files: rows.jsonl`, a list of files, or a mapping of split to files",
         ));
+    }
+    match data_files.iter().find(|file| file.path.to_string_lossy().contains("://")) {
+        Some(file) => Err(section.fail(
+            "data_files",
+            format!("`{}` is an address, and data is read from files only", file.path.display()),
+            "download the file first",
+        )),
+        None => Ok(Source { files: data_files, format, hub: None }),
+    }
+}
+
+/// `org/name`, of the characters names on the hub have.
+fn is_hub_name(source: &str) -> bool {
+    let is_name = |part: &str| {
+        part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            && format_of(part).is_none()
     };
-    let files = data_files_of(node).filter(|files| !files.is_empty()).ok_or_else(|| {
+    source.split_once('/').is_some_and(|(org, name)| is_name(org) && is_name(name))
+}
+
+/// The files of `data_files`; none when it is absent.
+fn data_files(section: &Section<'_>) -> Found<Vec<DataFile>> {
+    let Some(node) = section.node("data_files")? else { return Ok(vec![]) };
+    data_files_of(node).filter(|files| !files.is_empty()).ok_or_else(|| {
         section.fail(
             "data_files",
             format!(
@@ -81,15 +129,7 @@ fn source(section: &Section<'_>, around: &Surroundings<'_>) -> Found<(Vec<DataFi
             ),
             "`data_files: {train: train.jsonl, validation: [a.jsonl, b.jsonl]}`",
         )
-    })?;
-    match files.iter().find(|file| file.path.to_string_lossy().contains("://")) {
-        Some(file) => Err(section.fail(
-            "data_files",
-            format!("`{}` is an address, and data is read from files only", file.path.display()),
-            "download the file first",
-        )),
-        None => Ok((files, format)),
-    }
+    })
 }
 
 fn data_files_of(node: &Node) -> Option<Vec<DataFile>> {
@@ -116,53 +156,42 @@ fn files_of(split: &str, node: &Node) -> Option<Vec<DataFile>> {
     }
 }
 
-/// `source` as a folder that holds `train.jsonl` or `train.parquet`, and perhaps `validation` and `test`.
-fn folder(section: &Section<'_>, source: &str, around: &Surroundings<'_>) -> Found<(Vec<DataFile>, DataFormat)> {
+/// `source` as a folder of data files, whose names say the splits.
+fn folder(section: &Section<'_>, source: &str, around: &Surroundings<'_>) -> Found<Source> {
     let path = PathBuf::from(source);
     if !around.is_folder(&path) {
         return Err(not_a_folder(section, source, around));
     }
-    for (extension, format) in FORMATS {
-        let found: Vec<_> = SPLITS
-            .iter()
-            .filter_map(|stems| {
-                let files = stems.iter().map(|stem| path.join(format!("{stem}.{extension}")));
-                let path = files.into_iter().find(|file| around.is_file(file))?;
-                Some(DataFile { split: stems[0].to_owned(), path })
-            })
-            .collect();
-        if !found.is_empty() {
-            return Ok((found, format));
-        }
-    }
-    Err(section.fail(
-        "source",
-        format!("the folder `{source}` has no train, validation or test file"),
-        "name them `train.jsonl` or `train.parquet`, or give `source: json` and `data_files`",
-    ))
+    let below = (around.files_below)(&path);
+    let Some((files, format)) = by_names(below.iter().map(String::as_str)) else {
+        return Err(section.fail(
+            "source",
+            format!("the folder `{source}` has no data file"),
+            "data files end in .jsonl, .json, .csv, .parquet or .txt; name them `train.jsonl`, `validation.jsonl`",
+        ));
+    };
+    let files = files.into_iter().map(|file| DataFile { split: file.split, path: path.join(file.path) }).collect();
+    Ok(Source { files, format, hub: None })
 }
 
 fn not_a_folder(section: &Section<'_>, source: &str, around: &Surroundings<'_>) -> Reported {
     if around.is_file(Path::new(source)) {
-        let format = if source.ends_with(".parquet") { "parquet" } else { "json" };
+        let format = match format_of(source) {
+            Some(DataFormat::Parquet) => "parquet",
+            Some(DataFormat::Csv) => "csv",
+            Some(DataFormat::Text) => "text",
+            _ => "json",
+        };
         return section.fail(
             "source",
             format!("`{source}` is a file, and `{}` takes a format or a folder", section.path("source")),
             format!("`source: {format}` with `data_files: {source}`"),
         );
     }
-    let looks_local = source.starts_with(['/', '.', '~']) || source.ends_with('/') || source.matches('/').count() > 1;
-    if looks_local {
-        return section.fail(
-            "source",
-            format!("the data folder `{source}` is not there"),
-            "give a folder, or `source: json` with `data_files`",
-        );
-    }
     section.fail(
         "source",
-        format!("`{source}` is no folder here, and data sets of the hub are not read yet"),
-        "download the data set's files, then `source: json` or `source: parquet` with `data_files`",
+        format!("the data folder `{source}` is not there"),
+        "give a folder, a hub data set as `org/name`, or `source: json` with `data_files`",
     )
 }
 

@@ -4,6 +4,7 @@
 //! files of a data folder are, and nothing else. Every part is resolved even when another failed.
 
 mod data;
+pub mod data_files;
 mod generate;
 mod parts;
 mod train;
@@ -30,6 +31,8 @@ pub struct Surroundings<'a> {
     /// The user's cache folder.
     pub cache_dir: Option<PathBuf>,
     pub kind: &'a dyn Fn(&Path) -> Option<FileKind>,
+    /// The files below a folder, by their path in it.
+    pub files_below: &'a dyn Fn(&Path) -> Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

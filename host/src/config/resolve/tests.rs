@@ -33,6 +33,10 @@ fn surroundings() -> Surroundings<'static> {
             }
             DISK.contains(&format!("{name}/").as_str()).then_some(FileKind::Folder)
         },
+        files_below: &|folder| {
+            let inside = |name: &&str| Some(Path::new(name).strip_prefix(folder).ok()?.to_str()?.to_owned());
+            DISK.iter().filter(|name| !name.ends_with('/')).filter_map(inside).collect()
+        },
     }
 }
 
@@ -201,16 +205,45 @@ fn data_files_come_in_three_forms() {
     check_mistake(&["dataset.source=json"], "needs `dataset.data_files`");
     check_mistake(&["dataset.source=json", "dataset.data_files=3"], "found the number `3`");
     check_mistake(&["dataset.source=json", "dataset.data_files=https://x/y.jsonl"], "is an address");
-    check_mistake(&["dataset.source=csv"], "`csv` files are not read yet");
+    check_mistake(&["dataset.source=csv"], "`source: csv` needs `dataset.data_files`");
+    check_mistake(&["dataset.source=parquet", "dataset.field=rows"], "`dataset.field` belongs to `source: json`");
+    check_mistake(&["dataset.revision=main"], "`dataset.revision` belongs to data sets of the hub");
     check_mistake(&["dataset.source=./data"], "the data folder `./data` is not there");
-    check_mistake(&["dataset.source=yahma/alpaca-cleaned"], "data sets of the hub are not read yet");
-    check_mistake(&["dataset.source=model"], "has no train, validation or test file");
+    check_mistake(&["dataset.source=imdb"], "the data folder `imdb` is not there");
+    check_mistake(&["dataset.source=model"], "the folder `model` has no data file");
     check_mistake(
         &["dataset.source=.demo/data/train.jsonl"],
         "`source: json` with `data_files: .demo/data/train.jsonl`",
     );
     check_mistake(&["dataset.split=trian[:5]"], "names the split `trian`");
     check_mistake(&["dataset.split=train+test"], "the data has: train, validation");
+}
+
+#[test]
+fn formats_and_hub_data_sets_are_told_by_the_source() {
+    let dataset =
+        |overrides: &[&str]| plan(&[&["dataset_val=null", "~run_val_every_n_steps"], overrides].concat()).dataset;
+    for (source, format) in [
+        ("csv", DataFormat::Csv),
+        ("text", DataFormat::Text),
+        ("parquet", DataFormat::Parquet),
+        ("json", DataFormat::Jsonl),
+    ] {
+        assert_eq!(
+            dataset(&[&format!("dataset.source={source}"), "dataset.data_files=f", "dataset.split=train"]).format,
+            format
+        );
+    }
+    let field = dataset(&["dataset.source=json", "dataset.data_files=f", "dataset.field=rows"]);
+    assert_eq!(field.format, DataFormat::JsonField("rows".into()));
+
+    let found = dataset(&["dataset.source=org/rows", "dataset.name=en", "dataset.revision=v1", "dataset.split=any"]);
+    let hub = found.hub.unwrap();
+    assert_eq!((hub.repo.as_str(), hub.name.as_deref(), hub.revision.as_deref()), ("org/rows", Some("en"), Some("v1")));
+    assert!(found.files.is_empty() && hub.pinned.is_none());
+    // A folder of that name is nearer, and a path is not a name.
+    assert_eq!(dataset(&["dataset.source=.demo/data"]).hub, None);
+    check_mistake(&["dataset.source=rows/train.csv"], "the data folder `rows/train.csv` is not there");
 }
 
 #[test]
