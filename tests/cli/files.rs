@@ -307,7 +307,7 @@ fn data_of_another_format() {
     assert_snapshot!(case.validate(&[]), @r#"
     exit 2
     --- stderr
-    error: `data/train.jsonl` is not a jsonl file: none of its first lines is a JSON object
+    error: `data/train.jsonl` is not a jsonl file: none of its first rows is a JSON object
       --> c.yaml:15:11
     hint: each line has to be one object, such as {"document": "…", "summary": "…"}
     "#);

@@ -333,7 +333,7 @@ fn bad_rows_of_other_formats_name_their_line() {
     assert_eq!(documents(&csv("document,summary\na,b\nalone\nd,e\n").plan_skips().prepare().unwrap()), ["a", "d"]);
     csv("document,other\na,b\n").check_error(
         "error: the data has no column `summary`\n  --> 0.data\n\
-         hint: its columns are `document`, `other`; `dataset.column_map` says which to take",
+         hint: its columns are `document`, `other`; `column_map` says which to take",
     );
     Case::jsonl("[\n{\"document\": \"a\", \"summary\": \"s\"},\n{\"document\": 7},\n{\"document\": 8}]").check_error(
         &format!("error: line 3 of `0.data` is a bad row\n  --> 0.data:3\ncause: `summary` is missing\n{hint}"),

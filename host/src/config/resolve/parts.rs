@@ -131,7 +131,9 @@ pub fn tokenizer(root: &Section<'_>, around: &Surroundings<'_>) -> Found<Tokeniz
     };
     let (turn_texts, prompt_template) = match turn_texts(&section, format) {
         Ok(Some(texts)) => (Ok(texts), Ok(None)),
-        Ok(None) if section.is_given("prompt_template") => (Ok(TurnTexts::None), template(&section, "prompt_template", around)),
+        Ok(None) if section.is_given("prompt_template") => {
+            (Ok(TurnTexts::None), template(&section, "prompt_template", around))
+        }
         Ok(None) => (Ok(own_texts), Ok(None)),
         Err(reported) => (Err(reported), Ok(None)),
     };
