@@ -120,14 +120,17 @@ fn an_unknown_verb() {
 #[test]
 fn ls_lists_what_is_there() {
     let case = Case::new();
-    case.write("configs/smollm2/135M_lora_summarize.yaml", "");
-    case.write("configs/smollm2/135M_generate.yaml", "");
+    for name in ["llama3_1/8B_lora", "smollm2/135M_lora_summarize", "generation", "smollm2/135M_generate"] {
+        case.write(&format!("configs/{name}.yaml"), "");
+    }
     assert_snapshot!(case.host(&["ls"]), @"
     exit 0
     --- stdout
     RECIPE                                  CONFIG
-    lora_distributed                        smollm2/135M_lora_summarize
-    generate                                smollm2/135M_generate
+    lora_distributed                        llama3_1/8B_lora
+                                            smollm2/135M_lora_summarize
+    generate                                generation
+                                            smollm2/135M_generate
     ");
     assert_snapshot!(case.host(&["ls", "--json"]), @r#"
     exit 0
@@ -143,6 +146,10 @@ fn ls_lists_what_is_there() {
         "path": "recipes/lora_distributed.wasm",
         "configs": [
           {
+            "name": "llama3_1/8B_lora",
+            "path": "configs/llama3_1/8B_lora.yaml"
+          },
+          {
             "name": "smollm2/135M_lora_summarize",
             "path": "configs/smollm2/135M_lora_summarize.yaml"
           }
@@ -154,6 +161,10 @@ fn ls_lists_what_is_there() {
         "aliases": [],
         "path": null,
         "configs": [
+          {
+            "name": "generation",
+            "path": "configs/generation.yaml"
+          },
           {
             "name": "smollm2/135M_generate",
             "path": "configs/smollm2/135M_generate.yaml"

@@ -222,14 +222,14 @@ pub const RECIPES: &[Recipe] = &[
         name: "lora_distributed",
         aliases: &["lora_finetune_distributed", "lora_finetune_single_device"],
         is_guest: true,
-        configs: &["smollm2/135M_lora_summarize"],
+        configs: &["llama3_1/8B_lora", "smollm2/135M_lora_summarize"],
         doc: "fine-tunes adapters (LoRA), on one device or many",
     },
     Recipe {
         name: "generate",
         aliases: &[],
         is_guest: false,
-        configs: &["smollm2/135M_generate"],
+        configs: &["generation", "smollm2/135M_generate"],
         doc: "writes a continuation of one prompt",
     },
 ];

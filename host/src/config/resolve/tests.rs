@@ -123,6 +123,47 @@ fn values_land_where_they_belong() {
     assert!(plan(&["model=llama"]).model.lora.is_none(), "the adapters' keys go with them");
 }
 
+/// Both forms of the reference job, word for word, and its generation.
+#[test]
+fn the_reference_jobs_own_configs_resolve() {
+    const OWN: &str = include_str!("../../../../tests/fixtures/seed/my_llama3_1_custom_config.yaml");
+    const OWN_GENERATION: &str =
+        include_str!("../../../../tests/fixtures/seed/my_llama3_1_custom_generation_config.yaml");
+    const SHIPPED: &str = include_str!("../../../../configs/llama3_1/8B_lora.yaml");
+    let overrides = [
+        "dataset=torchtune.datasets.instruct_dataset",
+        "dataset.source=EdinburghNLP/xsum",
+        "dataset.split=train[:2000]",
+        "dataset.max_seq_len=2048",
+        "dataset.template=torchtune.data.SummarizeTemplate",
+        "dataset.column_map.dialogue=document",
+        "dataset.column_map.output=summary",
+        "dataset.trust_remote_code=True",
+        "dataset.packed=False",
+        "dataset.train_on_input=False",
+        "epochs=1",
+    ];
+    let own = try_train(OWN, &[]).unwrap_or_else(|error| panic!("{error}"));
+    let shipped = try_train(SHIPPED, &overrides).unwrap_or_else(|error| panic!("{error}"));
+    for (resolved, epochs) in [(&own, 10), (&shipped, 1)] {
+        let plan = &resolved.plan;
+        assert_eq!((plan.epochs, plan.batch_size, plan.gradient_accumulation_steps), (epochs, 2, 32));
+        assert_eq!(plan.model.lora.as_ref().unwrap().targets, ["q_proj", "v_proj"]);
+        assert_eq!((plan.tokenizer.max_seq_len, plan.dataset.split.as_str()), (Some(2048), "train[:2000]"));
+        assert!(plan.dataset.template.as_ref().unwrap().joined && !plan.dataset.train_on_input);
+        let map = [("input", "document"), ("output", "summary")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        assert_eq!(plan.dataset.column_map, map);
+        assert_eq!(plan.dataset.hub.as_ref().unwrap().repo, "EdinburghNLP/xsum");
+        assert_eq!(plan.checkpoint.output_dir, Path::new("/tmp/lora_finetune_output"), "never the model's folder");
+        let told = |what: &str| resolved.notices.iter().filter(|notice| notice.message.contains(what)).count();
+        assert_eq!(told("no code of a data set is ever run"), 1);
+    }
+    let config = Config::parse(OWN_GENERATION, Path::new("g.yaml"), &[]).unwrap();
+    let asked = generate(&config, &surroundings()).unwrap_or_else(|error| panic!("{error}")).plan;
+    assert_eq!(asked.model.checkpoint_files.len(), 4);
+    assert_eq!((asked.enable_kv_cache, asked.top_k, asked.max_new_tokens), (false, Some(300), 300));
+}
+
 /// torchtune v0.2.1: the template on the data set, its input under the template's own name, one string.
 #[test]
 fn the_old_dataset_section_resolves() {
