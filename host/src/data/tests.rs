@@ -545,8 +545,11 @@ fn speaker(name: &str) -> Role {
     }
 }
 
+/// What a tokenizer was asked, its tokens, and which of them carry loss.
+type Conversation = (TokenizerPlan, Vec<Message>, Vec<u32>, Vec<bool>);
+
 /// The conversations that torchtune's tokenizers were asked for, and their answers.
-fn conversations() -> Vec<(TokenizerPlan, Vec<Message>, Vec<u32>, Vec<bool>)> {
+fn conversations() -> Vec<Conversation> {
     let cases: Vec<Value> = serde_json::from_value(fixture_json("tokenizers/messages.json")).unwrap();
     let roles =
         [(Role::User, ["Question: ", "\n\nAnswer: "]), (Role::Assistant, ["<< ", " >>"]), (Role::System, ["", "\n"])];

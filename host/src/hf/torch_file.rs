@@ -187,10 +187,10 @@ const KNOWN: &[(&str, &str, Known)] = &[
     ("collections", "OrderedDict", Known::Dict),
 ];
 
-type Read_<T> = std::result::Result<T, String>;
+type Parsed<T> = std::result::Result<T, String>;
 
 /// Names and tensors of a dictionary, and of dictionaries inside it.
-fn collect(value: Value, found: &mut Vec<(String, TensorRef)>, depth: usize) -> Read_<()> {
+fn collect(value: Value, found: &mut Vec<(String, TensorRef)>, depth: usize) -> Parsed<()> {
     let Value::Dict(entries) = value else {
         return Err("it holds no dictionary of tensors".into());
     };
@@ -216,7 +216,7 @@ struct Machine<'a> {
     made: usize,
 }
 
-fn unpickle(code: &[u8]) -> Read_<Value> {
+fn unpickle(code: &[u8]) -> Parsed<Value> {
     let mut machine = Machine { code, at: 0, stack: Vec::new(), memo: HashMap::new(), made: 0 };
     loop {
         if let Some(value) = machine.step()? {
@@ -227,7 +227,7 @@ fn unpickle(code: &[u8]) -> Read_<Value> {
 
 impl Machine<'_> {
     /// Runs one instruction; a value when it was the last.
-    fn step(&mut self) -> Read_<Option<Value>> {
+    fn step(&mut self) -> Parsed<Option<Value>> {
         match self.byte()? {
             0x80 => {
                 let version = self.byte()?;
@@ -289,7 +289,7 @@ impl Machine<'_> {
             0x86 => self.tuple(2)?,
             0x87 => self.tuple(3)?,
             b't' => {
-                let items = self.to_mark()?;
+                let items = self.since_mark()?;
                 self.push(Value::Tuple(items))?;
             }
             b'}' => self.push(Value::Dict(vec![]))?,
@@ -298,14 +298,14 @@ impl Machine<'_> {
                 self.pop()?; // APPEND: lists are not kept
             }
             b'e' => {
-                self.to_mark()?; // APPENDS
+                self.since_mark()?; // APPENDS
             }
             b's' => {
                 let (value, key) = (self.pop()?, self.pop()?);
                 self.set(vec![key, value])?;
             }
             b'u' => {
-                let items = self.to_mark()?;
+                let items = self.since_mark()?;
                 self.set(items)?;
             }
             b'c' => {
@@ -336,7 +336,7 @@ impl Machine<'_> {
         Ok(None)
     }
 
-    fn take(&mut self, count: usize) -> Read_<&[u8]> {
+    fn take(&mut self, count: usize) -> Parsed<&[u8]> {
         let end = self.at.checked_add(count).filter(|end| *end <= self.code.len());
         let end = end.ok_or("its index ends early")?;
         let bytes = &self.code[self.at..end];
@@ -344,15 +344,15 @@ impl Machine<'_> {
         Ok(bytes)
     }
 
-    fn array<const N: usize>(&mut self) -> Read_<[u8; N]> {
+    fn array<const N: usize>(&mut self) -> Parsed<[u8; N]> {
         Ok(self.take(N)?.try_into().expect("`take` gives what it was asked for"))
     }
 
-    fn byte(&mut self) -> Read_<u8> {
+    fn byte(&mut self) -> Parsed<u8> {
         Ok(self.array::<1>()?[0])
     }
 
-    fn line(&mut self) -> Read_<String> {
+    fn line(&mut self) -> Parsed<String> {
         let rest = &self.code[self.at..];
         let length = rest.iter().take(256).position(|byte| *byte == b'\n').ok_or("its index has a name without end")?;
         let line = String::from_utf8_lossy(&rest[..length]).into_owned();
@@ -360,7 +360,7 @@ impl Machine<'_> {
         Ok(line)
     }
 
-    fn long(&mut self) -> Read_<()> {
+    fn long(&mut self) -> Parsed<()> {
         let length = self.byte()?;
         let bytes = self.take(length.into())?;
         if bytes.len() > 8 {
@@ -372,13 +372,13 @@ impl Machine<'_> {
         self.push(Value::Int(i64::from_le_bytes(wide)))
     }
 
-    fn text(&mut self, length: usize) -> Read_<()> {
+    fn text(&mut self, length: usize) -> Parsed<()> {
         let text =
             String::from_utf8(self.take(length)?.to_vec()).map_err(|_| "its index has a text that is not UTF-8")?;
         self.push(Value::Text(text))
     }
 
-    fn push(&mut self, value: Value) -> Read_<()> {
+    fn push(&mut self, value: Value) -> Parsed<()> {
         self.made += 1;
         if self.made > MAX_VALUES {
             return Err("its index makes more values than a model has tensors".into());
@@ -387,23 +387,23 @@ impl Machine<'_> {
         Ok(())
     }
 
-    fn pop(&mut self) -> Read_<Value> {
+    fn pop(&mut self) -> Parsed<Value> {
         self.stack.pop().ok_or_else(|| "its index takes a value that is not there".into())
     }
 
-    fn to_mark(&mut self) -> Read_<Vec<Value>> {
+    fn since_mark(&mut self) -> Parsed<Vec<Value>> {
         let mark = self.stack.iter().rposition(|value| matches!(value, Value::Mark));
         let items = self.stack.split_off(mark.ok_or("its index closes what was not opened")?);
         Ok(items.into_iter().skip(1).collect())
     }
 
-    fn tuple(&mut self, length: usize) -> Read_<()> {
+    fn tuple(&mut self, length: usize) -> Parsed<()> {
         let at = self.stack.len().checked_sub(length).ok_or("its index takes a value that is not there")?;
         let items = self.stack.split_off(at);
         self.push(Value::Tuple(items))
     }
 
-    fn set(&mut self, items: Vec<Value>) -> Read_<()> {
+    fn set(&mut self, items: Vec<Value>) -> Parsed<()> {
         let Some(Value::Dict(entries)) = self.stack.last_mut() else {
             return Err("its index puts an entry into something else than a dictionary".into());
         };
@@ -416,7 +416,7 @@ impl Machine<'_> {
 
     /// Keeps the value on top. A dictionary is not kept: copies of one would not see what is put into it later, and
     /// `torch.save` never refers to one again.
-    fn store(&mut self, slot: u32) -> Read_<()> {
+    fn store(&mut self, slot: u32) -> Parsed<()> {
         let value = match self.stack.last().ok_or("its index keeps a value that is not there")? {
             Value::Dict(_) => Value::Other,
             value => value.clone(),
@@ -425,13 +425,13 @@ impl Machine<'_> {
         Ok(())
     }
 
-    fn recall(&mut self, slot: u32) -> Read_<()> {
+    fn recall(&mut self, slot: u32) -> Parsed<()> {
         let value = self.memo.get(&slot).ok_or("its index recalls a value it never kept")?.clone();
         self.made += size(&value);
         self.push(value)
     }
 
-    fn global(&mut self, module: &str, name: &str) -> Read_<()> {
+    fn global(&mut self, module: &str, name: &str) -> Parsed<()> {
         let known = KNOWN.iter().find(|known| known.0 == module && known.1 == name);
         let (_, _, known) = known.ok_or_else(|| {
             format!("its index names `{module}.{name}`, which is not part of a dictionary of tensors; nothing was run")
@@ -450,7 +450,7 @@ fn size(value: &Value) -> usize {
 }
 
 /// `("storage", type, key, device, elements)`.
-fn persistent(id: Value) -> Read_<Storage> {
+fn persistent(id: Value) -> Parsed<Storage> {
     let Value::Tuple(items) = id else { return Err("its index names a storage in another way".into()) };
     match items.as_slice() {
         [Value::Text(kind), Value::Global(Known::Storage(dtype)), Value::Text(key), ..] if kind == "storage" => {
@@ -460,7 +460,7 @@ fn persistent(id: Value) -> Read_<Storage> {
     }
 }
 
-fn call(function: Value, arguments: Value) -> Read_<Value> {
+fn call(function: Value, arguments: Value) -> Parsed<Value> {
     let (Value::Global(known), Value::Tuple(arguments)) = (function, arguments) else {
         return Err("its index calls something that is no function".into());
     };

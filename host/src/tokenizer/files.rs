@@ -260,7 +260,7 @@ fn special_tokens(path: &Path, first: usize, digest: &mut blake3::Hasher) -> Res
 /// Tokens in angle brackets with bars never show in generated text; `<tool_call>` and `<think>` do.
 fn add(inner: &mut tokenizers::Tokenizer, names: Vec<String>) -> Result<()> {
     let tokens = names.into_iter().map(|name| {
-        let special = !(name.starts_with('<') && !name.starts_with("<|"));
+        let special = !name.starts_with('<') || name.starts_with("<|");
         AddedToken::from(name, special).normalized(false)
     });
     let added = inner.add_tokens(tokens.collect::<Vec<_>>());

@@ -209,7 +209,7 @@ fn damaged_vocabularies_are_named() {
     check_fault(bad.as_bytes(), tiktoken, "tokenizer.model:34\ncause: `I!Q= 33` is not a token in base64 and its rank");
     let gap = ranks.replacen("IQ== 33\n", "", 1);
     check_fault(gap.as_bytes(), tiktoken, "cause: rank 34 is on the line of rank 33");
-    check_fault(ranks[..900].as_bytes(), tiktoken, "cause: `cA` is not a token in base64 and its rank");
+    check_fault(&ranks.as_bytes()[..900], tiktoken, "cause: `cA` is not a token in base64 and its rank");
     let few: String = ranks.split_inclusive('\n').take(100).collect();
     check_fault(few.as_bytes(), tiktoken, "cause: no token for the byte 0x64");
     check_fault(ranks.as_bytes(), TokenizerPlan::plain, "has 700 tokens, Llama 3's has 128000");
