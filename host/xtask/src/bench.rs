@@ -31,7 +31,7 @@ pub struct Args {
     /// Optimizer steps of a run; the first is not in the speed
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(2..))]
     steps: u64,
-    /// Runs of each program
+    /// Runs of each program that count; one more warms the caches
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
     rounds: u64,
     /// Threads of each program
@@ -69,7 +69,8 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     }
 
     let mut runs = Runs::new();
-    for round in 0..args.rounds as usize {
+    // Round 0 warms everybody's caches (files, compiled modules) and is not counted.
+    for round in 0..=args.rounds as usize {
         // Each goes first as often as another, so that a slow minute of the machine is everybody's.
         for turn in 0..PROGRAMS.len() {
             let program = PROGRAMS[(round + turn) % PROGRAMS.len()];
@@ -78,8 +79,12 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
                 println!("$ {}", shown(&command));
             }
             let figures = measure(&mut command, &log, &step_tokens)?;
-            println!("round {}: {program}: {figures}", round + 1);
-            runs.entry(program).or_default().push(figures);
+            if round == 0 {
+                println!("warm-up: {program}: {figures}");
+            } else {
+                println!("round {round}: {program}: {figures}");
+                runs.entry(program).or_default().push(figures);
+            }
         }
     }
     compare_first_losses(&runs)?;
