@@ -220,7 +220,8 @@ fn whole(case: &Case) -> Vec<String> {
 /// What a run says it resumed from was whole.
 fn check_resumed(ended: &Ended, whole: &[String]) {
     for line in ended.stderr.lines().filter(|line| line.contains("resuming from ")) {
-        let folder = line.rsplit('/').next().unwrap().trim();
+        let path = line.split('`').nth(1).unwrap_or_else(|| panic!("no folder in `{line}`"));
+        let folder = path.rsplit('/').next().unwrap();
         let stepped_aside = folder.strip_suffix(".old").unwrap_or(folder);
         assert!(whole.contains(&folder.to_owned()) || stepped_aside != folder, "{line}, of {whole:?}");
     }
