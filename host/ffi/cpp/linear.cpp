@@ -153,11 +153,21 @@ Tensor lora_linear(const Tensor& x, const FrozenLinear& layer, const Tensor& a, 
 
 }  // namespace
 
-// fp32 is the reference, so its forward pass takes BLAS, which sums in blocks: SmolLM2's logits are then 5.5e-5 from fp64,
-// through oneDNN 1.3e-4 (`xtask interop` allows 1e-4 from transformers). The backward pass takes oneDNN, twice as fast on AMD.
+// fp32 is the reference, so its forward pass takes BLAS and sums over blocks of inputs: rounding grows with the length of a
+// sum. SmolLM2's logits are then 5.6e-5 from fp64 at most, summed at once 8.0e-5, through oneDNN 1.3e-4 (`xtask interop`
+// allows 1e-4). The backward pass takes oneDNN, twice as fast on AMD.
 Tensor FrozenLinear::forward(const Tensor& x) const {
-  if (!has_onednn(x, weight) || weight.scalar_type() == at::kFloat) return at::linear(x, weight, maybe(bias));
-  return onednn_linear(x.contiguous(), packed.defined() ? packed : weight, maybe(bias));
+  if (!has_onednn(x, weight)) return at::linear(x, weight, maybe(bias));
+  if (weight.scalar_type() != at::kFloat) {
+    return onednn_linear(x.contiguous(), packed.defined() ? packed : weight, maybe(bias));
+  }
+  constexpr int64_t block = 64;
+  const int64_t inputs = in_features();
+  Tensor y = at::linear(x.slice(1, 0, block), weight.slice(1, 0, block), maybe(bias));
+  for (int64_t begin = block; begin < inputs; begin += block) {
+    y.addmm_(x.slice(1, begin, begin + block), weight.slice(1, begin, begin + block).t());
+  }
+  return y;
 }
 
 Tensor FrozenLinear::backward(const Tensor& dy) const {
