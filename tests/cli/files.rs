@@ -402,12 +402,13 @@ fn no_libtorch() {
     case.write("bin/host-rank", "");
     // By another process: a program this one has open for writing is busy for the children of its other threads.
     assert!(Command::new("cp").arg(env!("CARGO_BIN_EXE_host")).arg(&program).status().unwrap().success());
-    let run = |libtorch: &str| {
+    let host = |arguments: &[&str], libtorch: &str| {
         let mut command = Command::new(&program);
-        command.args(["run", "lora_distributed", "--config", "c.yaml"]).env("PATH", case.path());
+        command.args(arguments).env("PATH", case.path());
         let found = case.outcome(command.env("LIBTORCH", libtorch));
         found.replace(case.path().to_str().unwrap(), "DIR")
     };
+    let run = |libtorch: &str| host(&["run", "lora_distributed", "--config", "c.yaml"], libtorch);
     assert_snapshot!(run(""), @"
     exit 2
     --- stderr
@@ -423,4 +424,12 @@ fn no_libtorch() {
       --> DIR/empty
     hint: set `LIBTORCH` to a libtorch 2.11 or `torch` folder, or unset it
     ");
+    // What needs none works all the same.
+    assert_snapshot!(host(&["validate", "c.yaml"], ""), @"");
+    assert!(host(&["ls"], "").starts_with("exit 0\n--- stdout\nRECIPE"));
+    let doctor = host(&["doctor"], "");
+    let of_machine = ["processor", "memory", "GPU"];
+    let rest = doctor.lines().filter(|line| !of_machine.iter().any(|name| line.starts_with(name)));
+    assert_eq!(doctor.lines().filter(|line| line.starts_with("processor") || line.starts_with("memory")).count(), 2);
+    assert_snapshot!(rest.collect::<Vec<_>>().join("\n"), @"");
 }

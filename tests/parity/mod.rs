@@ -70,12 +70,13 @@ fn thirty_fp32_losses_match_on_two_ranks() {
 #[test]
 fn thirty_bf16_losses_match_torchtune() {
     const BF16: &[&str] = &["tiny-pre-lora-bf16.json", "tiny-pre-lora-fp32.json"];
-    check(1, 1e-2, BF16, |plan| plan.dtype = Dtype::Bf16);
-    check(1, 1e-2, BF16, |plan| {
-        plan.dtype = Dtype::Bf16;
-        plan.compat_torchtune = true;
-    });
-    check(2, 1e-2, BF16, |plan| plan.dtype = Dtype::Bf16);
+    for (world, layout) in [(1, Layout::Varlen), (1, Layout::Padded), (2, Layout::Varlen)] {
+        for compat_torchtune in [false, true] {
+            check(world, 1e-2, BF16, |plan| {
+                (plan.dtype, plan.layout, plan.compat_torchtune) = (Dtype::Bf16, layout, compat_torchtune);
+            });
+        }
+    }
 }
 
 /// Every adapter gradient of one step against PyTorch's autograd (`tests/fixtures/gradients/generate.py`), by norm.
@@ -205,6 +206,10 @@ fn logits_of_every_family_match_transformers() {
         println!("{weights}: {distance:.1e}");
         assert!(distance < 1e-4, "{weights}: logits differ by {distance:e}");
         assert!(theirs.std(true).double_value(&[]) > 0.1, "{name}: the recorded logits say nothing");
+        let (top, _) = theirs.topk(2, -1, true, true);
+        let clear = (top.select(1, 0) - top.select(1, 1)).gt(2e-4);
+        let same = ours.argmax(-1, false).eq_tensor(&theirs.argmax(-1, false));
+        assert!(bool::try_from(same.logical_or(&clear.logical_not()).all()).unwrap(), "{weights}: another next token");
 
         let greedy = Sampling { temperature: 0.0, top_k: None };
         let continued = |cached| {

@@ -10,7 +10,7 @@ use host::worker::{StopFlag, WorkerEnv};
 use host_rank::dist::Group;
 use host_rank::train::{Inputs, Run, Tokens};
 use serde_json::Value;
-use tch::Device;
+use tch::{Device, Tensor};
 
 pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
@@ -134,30 +134,45 @@ pub struct Logged {
     pub real_tokens: f64,
 }
 
-/// A finished run: its log, and the adapter's numbers at the end.
+/// A finished run: its log, each step's gradients (over all ranks, not yet divided), and the adapter's numbers at the end.
 pub struct Finished {
     pub steps: Vec<Logged>,
+    /// Step and loss.
+    pub validations: Vec<(u64, f64)>,
+    pub gradients: Vec<Vec<f32>>,
     pub parameters: Vec<f32>,
 }
+
+/// Of the rows, how many a plan with `run_val_every_n_steps` is measured on, from the first.
+pub const VALIDATION_ROWS: usize = 11;
 
 /// Trains `plan` over `rows` on `world` ranks (threads of this process that talk through Gloo), as the shipped recipe
 /// does, for `most_steps` at most.
 pub fn train(plan: &TrainPlan, rows: &[Sample], world: usize, most_steps: usize) -> Finished {
     let port = free_port();
-    let parameters = std::thread::scope(|scope| {
+    let numbers = |tensor: Tensor| Vec::<f32>::try_from(tensor.to_kind(tch::Kind::Float)).unwrap();
+    let ranks: Vec<_> = std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..world)
             .map(|rank| {
                 let (plan, rows) = (plan.clone(), rows.to_vec());
                 scope.spawn(move || {
                     let mut run = open(plan, rows, rank, world, port);
-                    drive(&mut run, most_steps);
-                    Vec::<f32>::try_from(run.parameters().to_kind(tch::Kind::Float)).unwrap()
+                    let gradients = drive(&mut run, most_steps);
+                    (gradients.into_iter().map(numbers).collect::<Vec<_>>(), numbers(run.parameters()))
                 })
             })
             .collect();
-        ranks.into_iter().map(|rank| rank.join().expect("a rank failed")).next().unwrap()
+        ranks.into_iter().map(|rank| rank.join().expect("a rank failed")).collect()
     });
-    Finished { steps: read_log(plan), parameters }
+    let mut ranks = ranks.into_iter();
+    let (mut gradients, parameters) = ranks.next().unwrap();
+    for (others, _) in ranks {
+        for (sum, other) in gradients.iter_mut().flatten().zip(others.into_iter().flatten()) {
+            *sum += other;
+        }
+    }
+    let (steps, validations) = read_log(plan);
+    Finished { steps, validations, gradients, parameters }
 }
 
 pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port: u16) -> Run {
@@ -179,37 +194,48 @@ pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port:
         stop: StopFlag::default(),
         recipe_digest: "test".into(),
     };
-    let tokens = Tokens { training: Tokenized::from_samples(rows), validation: None, pad: 4090 };
+    let validation = plan.run_val_every_n_steps.map(|_| rows[..VALIDATION_ROWS].to_vec());
+    let validation = validation.map(Tokenized::from_samples);
+    let tokens = Tokens { training: Tokenized::from_samples(rows), validation, pad: 4090 };
     Run::with_data(plan, inputs, tokens, Device::Cpu, group).unwrap()
 }
 
-pub fn drive(run: &mut Run, most_steps: usize) {
+/// Drives a run and returns the gradients of each step, flat, as this rank has them.
+pub fn drive(run: &mut Run, most_steps: usize) -> Vec<Tensor> {
+    let mut gradients = vec![];
     while run.steps_done() < most_steps && run.next_step().unwrap() {
         while let Some((key, _)) = run.next_batch().unwrap() {
             let (sum, weight) = run.loss(key).unwrap();
             run.backward(&sum, weight).unwrap();
         }
+        let factors: Vec<Tensor> =
+            run.gradients().iter().flat_map(|(_, a, b)| [a.reshape([-1]), b.reshape([-1])]).collect();
+        gradients.push(Tensor::cat(&factors, 0));
         run.finish_step().unwrap();
     }
+    gradients
 }
 
-pub fn read_log(plan: &TrainPlan) -> Vec<Logged> {
+/// The steps of a run's log, and the validations as step and loss.
+pub fn read_log(plan: &TrainPlan) -> (Vec<Logged>, Vec<(u64, f64)>) {
     let MetricSink::Disk { log_dir, .. } = &plan.metrics.sink else { panic!("the plan logs nowhere") };
     let text = std::fs::read_to_string(log_dir.join("log.jsonl")).unwrap();
-    text.lines()
-        .map(|line| serde_json::from_str::<Value>(line).unwrap())
-        .filter(|line| line.get("loss").is_some())
-        .map(|line| {
-            let number = |key: &str| line[key].as_f64().unwrap_or(f64::NAN);
-            Logged {
-                loss: number("loss"),
-                lr: number("lr"),
-                grad_norm: number("grad_norm"),
-                label_tokens: number("label_tokens"),
-                real_tokens: number("real_tokens"),
-            }
-        })
-        .collect()
+    let (mut steps, mut validations) = (vec![], vec![]);
+    for line in text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()) {
+        if let Some(loss) = line.get("val_loss") {
+            validations.push((line["step"].as_u64().unwrap(), loss.as_f64().unwrap()));
+            continue;
+        }
+        let number = |key: &str| line[key].as_f64().unwrap_or(f64::NAN);
+        steps.push(Logged {
+            loss: number("loss"),
+            lr: number("lr"),
+            grad_norm: number("grad_norm"),
+            label_tokens: number("label_tokens"),
+            real_tokens: number("real_tokens"),
+        });
+    }
+    (steps, validations)
 }
 
 pub fn free_port() -> u16 {

@@ -7,6 +7,7 @@ use host::doctor::{Probe, ProbedDevice};
 use host::{Error, Result};
 use tch::Device;
 
+use crate::script::SDK_VERSION;
 use crate::torch::TorchContext;
 
 /// Opens the device a plan names for this local rank; loads the accelerator half of libtorch from `libtorch_lib` first,
@@ -43,16 +44,16 @@ pub fn name(device: Device) -> String {
 /// What `host doctor` asks a worker.
 pub fn probe(libtorch_lib: &Path) -> Result<Probe> {
     let backend = host_ffi::backend::load_accelerator(libtorch_lib).torch("load the GPU half of libtorch")?;
-    let name = |index| format!("cuda:{index} ({})", backend.as_deref().unwrap_or("no GPU half"));
     let devices = (0..host_ffi::backend::device_count())
         .map(|index| ProbedDevice {
-            name: name(index),
             index,
+            library: backend.clone().unwrap_or_default(),
             memory_total: host_ffi::backend::device_memory(index).ok().map(|memory| memory.total),
         })
         .collect();
     Ok(Probe {
         version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+        sdk_version: Some(SDK_VERSION.to_owned()),
         libtorch_version: host_ffi::backend::libtorch_version().torch("ask for libtorch's version")?,
         cpu_capability: host_ffi::backend::cpu_capability().torch("ask for the CPU's instruction set")?,
         threads: host_ffi::backend::num_threads(),

@@ -81,6 +81,8 @@ fn found<T: Serialize, E, S: Serializer>(fact: &Result<T, E>, serializer: S) -> 
 pub struct Probe {
     /// The worker's own version.
     pub version: Option<String>,
+    /// Of the contract that guests are built against.
+    pub sdk_version: Option<String>,
     pub libtorch_version: String,
     /// The instruction set that libtorch's kernels chose, such as `AVX512`.
     pub cpu_capability: String,
@@ -91,8 +93,9 @@ pub struct Probe {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProbedDevice {
-    pub name: String,
     pub index: usize,
+    /// The half of libtorch that reaches it.
+    pub library: String,
     pub memory_total: Option<u64>,
 }
 
@@ -311,9 +314,12 @@ impl fmt::Display for Facts {
         writeln!(f, "host       {}, {program}", self.version)?;
         match &self.worker {
             Ok(path) => {
-                let version =
-                    self.probe.as_ref().ok().and_then(|probe| probe.version.as_deref()).unwrap_or("version unknown");
+                let probe = self.probe.as_ref().ok();
+                let version = probe.and_then(|probe| probe.version.as_deref()).unwrap_or("version unknown");
                 writeln!(f, "host-rank  {version}, {}", path.display())?;
+                if let Some(version) = probe.and_then(|probe| probe.sdk_version.as_deref()) {
+                    writeln!(f, "guests     host:sdk {version}")?;
+                }
             }
             Err(_) => writeln!(f, "host-rank  not found")?,
         }
@@ -342,7 +348,7 @@ impl fmt::Display for Facts {
             writeln!(f, "GPU        {}", named(&gpu.name, gpu.memory_total))?;
         }
         for device in self.probe.as_ref().ok().map(|probe| probe.devices.as_slice()).unwrap_or_default() {
-            writeln!(f, "cuda:{:<5} {}", device.index, named(&device.name, device.memory_total))?;
+            writeln!(f, "cuda:{:<5} {}", device.index, named(&device.library, device.memory_total))?;
         }
         Ok(())
     }

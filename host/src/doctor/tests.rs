@@ -18,10 +18,15 @@ fn healthy() -> Facts {
         }),
         probe: Ok(Probe {
             version: Some("0.1.0".into()),
+            sdk_version: Some("0.0.1".into()),
             libtorch_version: "2.11.0".into(),
             cpu_capability: "AVX512".into(),
             threads: 64,
-            devices: vec![ProbedDevice { name: "AMD Instinct MI210".into(), index: 0, memory_total: Some(64 << 30) }],
+            devices: vec![ProbedDevice {
+                index: 0,
+                library: "libtorch_hip.so".into(),
+                memory_total: Some(64 << 30),
+            }],
         }),
         cpu: Cpu { model: "EPYC".into(), cores: 64, threads: 128, features: vec!["avx2", "avx512f", "avx512_bf16"] },
         memory: Some(Memory { total: 512 << 30, available: 500 << 30 }),
@@ -51,13 +56,14 @@ fn a_healthy_machine_is_described_without_findings() {
     insta::assert_snapshot!(healthy(), @r"
     host       0.1.0, /opt/host/host
     host-rank  0.1.0, /opt/host/host-rank
+    guests     host:sdk 0.0.1
     libtorch   2.11.0+rocm7.0 (from `LIBTORCH`), /opt/torch/lib
     back ends  cpu, rocm
     processor  EPYC, 64 cores, 128 threads, avx2 avx512f avx512_bf16
     kernels    AVX512, 64 threads
     memory     512.0 GiB, 500.0 GiB free
     GPU        AMD Instinct MI210, 64.0 GiB
-    cuda:0     AMD Instinct MI210, 64.0 GiB
+    cuda:0     libtorch_hip.so, 64.0 GiB
     ");
 }
 

@@ -15,6 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::build;
 use crate::data::{self, DATA_DIR};
 use crate::model::{self, MODEL_DIR};
 use crate::peers::Peers;
@@ -56,6 +57,7 @@ const FIRST_LOSS_TOLERANCE: f64 = 0.03;
 type Runs = BTreeMap<&'static str, Vec<Figures>>;
 
 pub fn run(root: &Path, args: &Args) -> Result<()> {
+    build::run(root)?;
     let peers = Peers::find(root, args.python.as_deref())?;
     model::ensure(root)?;
     data::run(root)?;

@@ -5,15 +5,19 @@
 use std::path::Path;
 
 use crate::shell::{Failure, Result, cargo, run as run_command};
-use crate::{build, sdk_gen};
+use crate::{build, guests, sdk_gen};
 
 pub fn run(root: &Path) -> Result<()> {
     build::run(root)?;
-    let checks: [(&str, &dyn Fn() -> Result<()>); 4] = [
+    let checks: [(&str, &dyn Fn() -> Result<()>); 6] = [
         ("format", &|| run_command(cargo(root).args(["fmt", "--all", "--check"]))),
         ("lints", &|| {
             run_command(cargo(root).args("clippy --release --workspace --all-targets -- -D warnings".split(' ')))
         }),
+        ("the guests' format", &|| {
+            run_command(cargo(root).args("fmt --manifest-path scripts/Cargo.toml --check".split(' ')))
+        }),
+        ("the guests' lints", &|| guests::lint(root).map_err(Failure::new)),
         ("the generated SDK", &|| sdk_gen::generate(root, true).map_err(Failure::new)),
         ("tests", &|| run_command(cargo(root).args(["test", "--release", "--workspace", "--no-fail-fast"]))),
     ];

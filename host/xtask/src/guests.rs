@@ -1,40 +1,15 @@
-//! Builds the guests: `scripts/` to `recipes/` and `templates/`, the tests' own to `target/guests/`.
+//! Builds and lints the guests: `scripts/` to `recipes/` and `templates/`, the tests' own to `target/guests/`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "wasm32-wasip2";
+const TARGET_DIR: &str = "target/guest-build";
 
 /// Builds every guest crate and lays the modules and scripts where configs name them.
 pub fn build(root: &Path) -> Result<(), String> {
-    let workspace = root.join("scripts");
-    let target_dir = root.join("target/guest-build");
-    // No path of this machine goes into a module; the source path that a failure report shows is the repository's.
-    let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
-    // Cargo names the sources below the workspace's own folder relative to it.
-    let inside = |folder: &str| remap(Path::new(folder), &format!("scripts/{folder}"));
-    let cargo_home = std::env::var_os("CARGO_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::home_dir().map(|home| home.join(".cargo")))
-        .ok_or("cannot find Cargo's home: set CARGO_HOME")?;
-    let flags =
-        [remap(&cargo_home.join("registry/src"), "registry"), remap(root, ""), inside("recipes"), inside("templates")];
-    let status = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()))
-        .args(["build", "--quiet", "--release", "--locked", "--target", TARGET, "--manifest-path"])
-        .arg(workspace.join("Cargo.toml"))
-        .arg("--target-dir")
-        .arg(&target_dir)
-        .current_dir(&workspace)
-        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
-        .env_remove("RUSTFLAGS")
-        .status()
-        .map_err(|error| format!("cannot start cargo: {error}"))?;
-    if !status.success() {
-        return Err(format!(
-            "the guests do not build\nhint: if the target is missing, run `rustup target add {TARGET}`"
-        ));
-    }
-    let built = target_dir.join(TARGET).join("release");
+    cargo(root, &["build"], &[])?;
+    let built = root.join(TARGET_DIR).join(TARGET).join("release");
     for (sources, out) in [
         ("scripts/recipes", root.join("recipes")),
         ("scripts/templates", root.join("templates")),
@@ -52,6 +27,45 @@ pub fn build(root: &Path) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Clippy over them, warnings denied.
+pub fn lint(root: &Path) -> Result<(), String> {
+    cargo(root, &["clippy", "--workspace"], &["--", "-D", "warnings"])
+}
+
+/// Runs cargo in the guests' workspace, for their target.
+fn cargo(root: &Path, task: &[&str], rest: &[&str]) -> Result<(), String> {
+    let workspace = root.join("scripts");
+    // No path of this machine goes into a module; the source path that a failure report shows is the repository's.
+    let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
+    // Cargo names the sources below the workspace's own folder relative to it.
+    let inside = |folder: &str| remap(Path::new(folder), &format!("scripts/{folder}"));
+    let cargo_home = std::env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::home_dir().map(|home| home.join(".cargo")))
+        .ok_or("cannot find Cargo's home: set CARGO_HOME")?;
+    let flags =
+        [remap(&cargo_home.join("registry/src"), "registry"), remap(root, ""), inside("recipes"), inside("templates")];
+    let status = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()))
+        .args(task)
+        .args(["--quiet", "--release", "--locked", "--target", TARGET, "--manifest-path"])
+        .arg(workspace.join("Cargo.toml"))
+        .arg("--target-dir")
+        .arg(root.join(TARGET_DIR))
+        .args(rest)
+        .current_dir(&workspace)
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+        .env_remove("RUSTFLAGS")
+        .status()
+        .map_err(|error| format!("cannot start cargo: {error}"))?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(format!(
+        "the guests do not pass `cargo {}`\nhint: if the target is missing, run `rustup target add {TARGET}`",
+        task[0]
+    ))
 }
 
 fn files(dir: &Path) -> Result<Vec<PathBuf>, String> {

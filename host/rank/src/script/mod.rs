@@ -28,6 +28,7 @@ use host::worker::StopFlag;
 
 use guest::{Blame, Guest, World};
 
+pub use guest::SDK_VERSION;
 pub use template::open_template;
 pub use training::{BatchInfo, Training};
 
