@@ -425,11 +425,28 @@ fn no_libtorch() {
     hint: set `LIBTORCH` to a libtorch 2.11 or `torch` folder, or unset it
     ");
     // What needs none works all the same.
-    assert_snapshot!(host(&["validate", "c.yaml"], ""), @"");
+    assert_snapshot!(host(&["validate", "c.yaml"], ""), @"
+    exit 0
+    --- stdout
+    Config is well-formed!
+    ");
     assert!(host(&["ls"], "").starts_with("exit 0\n--- stdout\nRECIPE"));
     let doctor = host(&["doctor"], "");
     let of_machine = ["processor", "memory", "GPU"];
     let rest = doctor.lines().filter(|line| !of_machine.iter().any(|name| line.starts_with(name)));
     assert_eq!(doctor.lines().filter(|line| line.starts_with("processor") || line.starts_with("memory")).count(), 2);
-    assert_snapshot!(rest.collect::<Vec<_>>().join("\n"), @"");
+    assert_snapshot!(rest.collect::<Vec<_>>().join("\n"), @"
+    exit 1
+    --- stdout
+    host       0.1.0, DIR/bin/host
+    host-rank  version unknown, DIR/bin/host-rank
+    libtorch   not usable
+
+    error: no libtorch found
+    cause: `LIBTORCH` is not set, there is no `.libtorch/view` above this program, and `python3` has no torch
+    hint: run `cargo xtask setup`, or set `LIBTORCH` to a libtorch 2.11 or `torch` folder
+    --- stderr
+    error: `host run` cannot work here yet
+    hint: see the errors in the diagnosis, each with its hint
+    ");
 }

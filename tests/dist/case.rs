@@ -1,6 +1,7 @@
 //! A folder with all a run needs, the programs started in it, and what came of them.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -283,6 +284,12 @@ impl Running {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Waits for the first byte of standard output.
+    pub fn wait_for_output(&mut self) {
+        let mut byte = [0];
+        self.child.as_mut().unwrap().stdout.as_mut().unwrap().read_exact(&mut byte).unwrap();
     }
 
     /// Waits for the end; what it prints here fits a pipe.

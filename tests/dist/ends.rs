@@ -77,6 +77,21 @@ fn a_stopped_run_saves_and_resumes_bit_for_bit() {
 }
 
 #[test]
+fn generation_stops_on_request() {
+    let case = Case::new();
+    let endless = ["max_new_tokens=400", "temperature=1.0", "top_k=null", "enable_kv_cache=False", "echo_prompt=True"];
+    let mut run =
+        Running::start(&mut case.host(&[&["run", "generate", "--config", "generate.yaml"], &endless[..]].concat()));
+    run.wait_for_output();
+    run.signal(Signal::INT);
+    let ended = run.wait();
+    assert_snapshot!(ended.report(), @"
+    exit 130
+    error: generation was stopped
+    ");
+}
+
+#[test]
 fn a_port_that_is_taken_is_named() {
     let case = Case::new();
     let taken = TcpListener::bind("[::]:0").or_else(|_| TcpListener::bind("0.0.0.0:0")).unwrap();

@@ -371,6 +371,39 @@ fn recipes_that_fail() {
     ");
 }
 
+/// What one rank alone runs into is reported with that rank; the other ends without a word of its own.
+#[test]
+fn a_recipe_that_fails_on_one_rank() {
+    let case = Case::new();
+    let script = |check: &str| {
+        format!(
+            "let run = host::open();
+for step in run.steps() {{
+    for batch in step.batches() {{
+        let labels = batch.labels().to_float().sum().item();
+        {check}
+        let loss = run.model.loss(batch);
+        step.backward(loss.sum, loss.weight);
+    }}
+    step.finish();
+}}
+"
+        )
+    };
+    // Ranks have other samples, so other labels: the first run tells those of one.
+    case.write("tells.rhai", script("throw `labels ${labels}`;"));
+    let told = fails(&case, "tells.rhai", &["--nproc", "2"]);
+    let labels = told.lines().find_map(|line| line.split_once("threw labels ")).expect(&told).1;
+    case.write("fails.rhai", script(&format!("if labels == {labels} {{ throw \"not these labels\"; }}")));
+    let report = fails(&case, "fails.rhai", &["--nproc", "2"]);
+    assert_snapshot!(report.replace("(rank 1)", "(rank R)").replace("(rank 0)", "(rank R)"), @"
+    exit 1
+    error: recipe `fails.rhai` failed at step 1 (rank R)
+      --> fails.rhai:5:32
+    cause: the script threw not these labels
+    ");
+}
+
 #[test]
 fn templates_that_fail() {
     let case = Case::new();

@@ -30,6 +30,10 @@ fn ranks_and_kinds_of_guests_change_no_loss() {
     assert!(one[STEPS - 1] < 0.9 * one[0], "nothing was learnt: {one:?}");
     let two = case.losses(WASM, "two", TWO_RANKS);
     assert_close(&two, &one);
+    // Cross-entropy written out in a guest, of the model's scores, is the host's own.
+    for by_hand in ["guests/by_hand.wasm", "guests/by_hand.rhai"] {
+        assert_close(&case.losses(by_hand, &by_hand.replace('/', "_"), &[]), &one);
+    }
 
     assert_eq!(case.losses(RHAI, "one_rhai", &[]), one);
     assert_eq!(case.losses(RHAI, "two_rhai", TWO_RANKS), two);
@@ -109,7 +113,67 @@ fn a_checkpoint_is_whole_and_generates_the_same_merged_or_not() {
 fn generate_text(case: &Case, arguments: &[&str]) -> String {
     let ended = Ended::of(&mut case.host(&[&["run", "generate", "--config", "generate.yaml"], arguments].concat()));
     assert_eq!(ended.code, 0, "{}", ended.stderr);
+    // torchtune's figures, as numbers.
+    let found = |before: &str, after: &str| {
+        let line =
+            ended.stderr.lines().find_map(|line| line.split_once(before)?.1.strip_suffix(after)).unwrap_or("none");
+        line.split(" sec total, ").map(|number| number.parse::<f64>().expect(before)).fold(1.0, f64::min)
+    };
+    assert!(found("Time for inference: ", " tokens/sec") > 0.0, "{}", ended.stderr);
+    assert!(found("Bandwidth achieved: ", " GB/s") >= 0.0 && found("Memory used: ", " GB") > 0.0, "{}", ended.stderr);
     ended.stdout
+}
+
+#[test]
+fn a_seed_decides_what_is_drawn() {
+    let case = Case::new();
+    let draw = |seed: &str| generate_text(&case, &["top_k=null", "temperature=1.0", &format!("seed={seed}")]);
+    let first = draw("1");
+    assert_eq!(draw("1"), first);
+    assert_ne!(draw("2"), first);
+}
+
+/// What a run tells: what it loaded, a line a step, and torchtune's figures with those that can be compared.
+#[test]
+fn a_run_tells_what_it_does() {
+    let case = Case::new();
+    let ended = Ended::of(&mut case.run(WASM, &[TWO_RANKS, &["max_steps_per_epoch=2"]].concat()));
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    for line in [
+        "model: 4 layers, 1850496 parameters, 14336 trainable (0.77%), fp32 on cpu, loaded in ",
+        "data: 80 rows, 2 steps an epoch of 8 samples, epochs: 1",
+        "Writing logs to out/logs/log.jsonl",
+        "validation loss after step 0: ",
+        "1|1|Loss: ",
+        " 2/2 [",
+        "validation loss after step 2: ",
+        "saved out/epoch_0 in ",
+    ] {
+        assert!(ended.stderr.contains(line), "`{line}` is not in:\n{}", ended.stderr);
+    }
+    let text = std::fs::read_to_string(case.path("out/logs/log.jsonl")).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 4, "{text}");
+    let keys = |line: &Value| line.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
+    assert_eq!(keys(&lines[0]), "step val_loss");
+    let of_step = "step loss lr tokens_per_second_per_gpu tokens_per_second grad_norm label_tokens real_tokens \
+                   padded_tokens seconds peak_rss_mb";
+    assert_eq!(keys(&lines[1]), of_step);
+    for line in &lines[1..3] {
+        let number = |key: &str| line[key].as_f64().unwrap();
+        let close = |one: f64, other: f64| (one / other - 1.0).abs() < 1e-9;
+        assert!(close(number("tokens_per_second"), number("real_tokens") / number("seconds")), "{line}");
+        // torchtune's counts labels, and divides by the ranks.
+        let labels = number("label_tokens") / number("seconds") / 2.0;
+        assert!(close(number("tokens_per_second_per_gpu"), labels), "{line}");
+        assert!(number("real_tokens") > 2.0 * number("label_tokens") && number("peak_rss_mb") > 10.0, "{line}");
+    }
+
+    let text = ["output_dir=text", "max_steps_per_epoch=2", "metric_logger.output_fmt=txt"];
+    let ended = Ended::of(&mut case.run(WASM, &text));
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    let text = std::fs::read_to_string(case.path("text/logs/log.jsonl")).unwrap();
+    assert!(text.lines().nth(1).unwrap().starts_with("Step 1 | loss:"), "{text}");
 }
 
 /// A model whose output layer is its embedding: no `lm_head` in its files, none in what is saved, the same text from both.
@@ -185,8 +249,31 @@ fn check_files(case: &Case, checkpoint: &str) {
     // A and B, of q and v, in each of 4 layers.
     assert_eq!(shapes(&adapter_files["adapter_model.safetensors"]).len(), 16);
 
-    let adapter = json(&adapter_files, "adapter_config.json");
-    assert_eq!((&adapter["r"], &adapter["peft_type"]), (&8.into(), &"LORA".into()));
+    let mut adapter = json(&adapter_files, "adapter_config.json");
+    let base = adapter["base_model_name_or_path"].take();
+    assert!(base.as_str().is_some_and(|path| Path::new(path).is_absolute() && path.ends_with("/model")), "{base}");
+    let expected = serde_json::json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": null,
+        "r": 8,
+        "lora_alpha": 16.0,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "modules_to_save": null,
+        "layers_to_transform": null,
+        "layers_pattern": null,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": false,
+        "use_rslora": false,
+        "revision": null,
+    });
+    assert_eq!(adapter, expected);
     let (run, resume) = (json(&files, "run.json"), json(&files, "resume.json"));
     assert_eq!((&run["world_size"], &run["samples_per_step"]), (&2.into(), &8.into()));
     assert_eq!(run["data_digest"], resume["identity"]["data_digest"]);

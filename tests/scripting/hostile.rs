@@ -49,10 +49,10 @@ reports! {
     "#;
     recurses: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:111
+      --> tests/scripting/guests/hostile/src/lib.rs:116
     cause: it touched memory that it does not have; a recursion without end comes to this
-    cause: in `deeper` (tests/scripting/guests/hostile/src/lib.rs:111)
-    cause: in `deeper` (tests/scripting/guests/hostile/src/lib.rs:112)
+    cause: in `deeper` (tests/scripting/guests/hostile/src/lib.rs:116)
+    cause: in `deeper` (tests/scripting/guests/hostile/src/lib.rs:117)
     "#;
     hoards_handles: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
@@ -68,42 +68,42 @@ reports! {
     "#;
     broadcasts: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:50
-    cause: `add` would make a tensor of shape [11, 11, 11, 11, 11, 11, 11, 11, 11], and a guest's may have at most 2147483648 elements
+      --> tests/scripting/guests/hostile/src/lib.rs:56
+    cause: `add` would make a tensor of shape [11, 11, 11, 11, 11, 11, 11, 11, 11, 11], and a guest's may have at most 2147483648 elements
     "#;
     keeps_a_tensor: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:59
+      --> tests/scripting/guests/hostile/src/lib.rs:64
     cause: this tensor of shape [] went with its step, which is finished
     hint: read what is needed later as a number, with `item()`, before `step.finish()`
     "#;
     bad_weight: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:63
+      --> tests/scripting/guests/hostile/src/lib.rs:68
     cause: the weight of a loss must be a finite number above 0, not NaN
     hint: pass what the sum is summed over: `batch.num_labels` for a loss over label tokens
     "#;
     no_gradient: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:67
+      --> tests/scripting/guests/hostile/src/lib.rs:72
     cause: the sum has no gradient: no trained value went into it
     hint: build it from `model.loss(batch)` or `model.logits(batch)`, without `detach`
     "#;
     no_sum: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:69
+      --> tests/scripting/guests/hostile/src/lib.rs:74
     cause: `backward` takes a sum, a tensor of one element, not one of shape [7, 11]
     hint: call `.sum()` on it
     "#;
     wrong_shapes: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:72
+      --> tests/scripting/guests/hostile/src/lib.rs:77
     cause: `matmul`: shapes [7, 11] and [7, 11] cannot be multiplied
     hint: the last dimension of the first must be as long as the second last of the second
     "#;
     finishes_early: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:74
+      --> tests/scripting/guests/hostile/src/lib.rs:79
     cause: the step has batches that were not taken
     hint: take batches until `step.next_batch()` gives none, then finish
     "#;
@@ -114,13 +114,13 @@ reports! {
     "#;
     steps_twice: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:77
+      --> tests/scripting/guests/hostile/src/lib.rs:82
     cause: the step before this one is not finished
     hint: call `step.finish()` when all its batches are done
     "#;
     opens_twice: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:80
+      --> tests/scripting/guests/hostile/src/lib.rs:85
     cause: the run is open already
     hint: call `open` once
     "#;

@@ -1,6 +1,10 @@
 //! What a script must not do, and what its author reads about it.
 
-use crate::support::script_error;
+use host::config::plan::GuestLimits;
+use host::worker::StopFlag;
+use serde_json::json;
+
+use crate::support::{Linear, run_with, script_error};
 
 macro_rules! reports {
     ($($name:ident: $text:literal => $report:literal;)*) => {$(
@@ -72,6 +76,23 @@ reports! {
     cause: it returned without taking a step, so nothing is trained
     hint: take steps until `run.next_step()` gives none
     "#;
+    hoards_tensors: "let run = host::open();\nfor step in run.steps() {\n    for batch in step.batches() {\n        let row = run.model.logits(batch).sum_dim(0);\n        let x = row.unsqueeze(1) * row;\n        x = x.unsqueeze(2).unsqueeze(3) * x;\n        x = x.unsqueeze(4) * row;\n        loop {\n            x = x + x;\n        }\n    }\n}" => r#"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:9:19
+    cause: a tensor of shape [11, 11, 11, 11, 11] brings the guest's to 64 MiB, and their limit is 64 MiB
+    hint: call `step.backward` for each batch, which frees what led to its sum; `limits.tensors_mb` raises the limit
+    "#;
+    adds_dimensions: "let run = host::open();\nlet step = run.next_step();\nlet x = step.next_batch().labels();\nloop {\n    x = x.unsqueeze(0);\n}" => r#"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:5:11
+    cause: `unsqueeze` would make 65 dimensions, and a tensor has at most 64
+    "#;
+    hoards_handles: "let run = host::open();\nfor step in run.steps() {\n    for batch in step.batches() {\n        let held = [];\n        loop {\n            held.push(batch.labels());\n        }\n    }\n}" => r#"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:6:29
+    cause: 2000 handles are held, and a guest may hold 2000
+    hint: drop tensors that are no longer needed before making new ones
+    "#;
     opens_twice: "host::open();\nhost::open();" => r#"
     error: recipe `[DIR]/recipe.rhai` failed before the first step
       --> [DIR]/recipe.rhai:2:7
@@ -81,10 +102,50 @@ reports! {
 }
 
 #[test]
+fn operations_are_counted_between_turns() {
+    let limits = GuestLimits { operations: 1_000_000, ..GuestLimits::default() };
+    let report = |text: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("recipe.rhai");
+        std::fs::write(&path, text).unwrap();
+        let ended = run_with(path.to_str().unwrap(), &limits, Linear::new(json!({})), StopFlag::default());
+        ended.map(|_| ()).map_err(|error| error.causes[0].clone())
+    };
+    let endless = "let run = host::open();\nfor step in run.steps() { loop { } }";
+    assert_eq!(
+        report(endless),
+        Err("the script took more than 1000000 operations without a turn of its loop".to_owned())
+    );
+    // As many in each of five steps are fine.
+    let busy = "let run = host::open();
+        for step in run.steps() {
+            for i in 0..50_000 { let x = i + 1; }
+            while step.next_batch() != () { }
+            step.finish();
+        }";
+    assert_eq!(report(busy), Ok(()));
+}
+
+#[test]
 fn a_map_grows_until_the_time_is_up() {
     // Rhai does not look at a map's size when an entry is set by index: guest time is what bounds it.
     let report = script_error("let m = #{};\nlet i = 0;\nloop {\n    m[`k${i}`] = i;\n    i += 1;\n}");
     assert!(report.contains("the guest computed for more than 0.4 s"), "{report}");
+}
+
+/// What would take memory before it runs.
+#[test]
+fn a_script_has_no_more_names_than_it_needs() {
+    let cause =
+        |text: String| script_error(&text).lines().find_map(|line| Some(line.strip_prefix("cause: ")?.to_owned()));
+    let many = |count: usize, item: &dyn Fn(usize) -> String| (0..count).map(item).collect::<String>();
+    assert_eq!(cause(many(300, &|i| format!("let v{i} = {i};\n"))).unwrap(), "Too many variables defined");
+    let functions = many(300, &|i| format!("fn f{i}() {{ {i} }}\n"));
+    assert_eq!(cause(functions).unwrap(), "Number of functions defined exceeds maximum limit");
+    let map = format!("let m = #{{ {} }};", many(5000, &|i| format!("k{i}: 0, ")));
+    assert_eq!(cause(map).unwrap(), "Number of properties in object map literal exceeds the maximum limit (4096)");
+    let array = format!("let a = [{}];", many(70_000, &|_| "0, ".to_owned()));
+    assert_eq!(cause(array).unwrap(), "Size of array literal exceeds the maximum limit (65536)");
 }
 
 #[test]

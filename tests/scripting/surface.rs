@@ -8,7 +8,7 @@ use wit_parser::{FunctionKind, Resolve, WorldItem};
 use crate::support::root;
 
 /// Every function of the world `recipe` as `interface resource.name`, straight from the WIT.
-fn contract() -> BTreeSet<(String, String)> {
+pub fn contract() -> BTreeSet<(String, String)> {
     let mut resolve = Resolve::default();
     let (package, _) = resolve.push_dir(root().join("sdk/wit/0.0.1")).unwrap();
     let world = resolve.select_world(&[package], Some("recipe")).unwrap();

@@ -379,13 +379,16 @@ impl std::fmt::Display for Dtype {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GuestLimits {
     pub memory_mb: usize,
+    pub tensors_mb: usize,
     pub handles: usize,
+    /// Steps of a Rhai script between two turns of its loop; a component has its time alone.
+    pub operations: u64,
     /// Seconds a guest may compute between two turns of its loop; time in host calls does not count.
     pub seconds: f64,
 }
 
 impl Default for GuestLimits {
     fn default() -> Self {
-        Self { memory_mb: 256, handles: 20_000, seconds: 30.0 }
+        Self { memory_mb: 256, tensors_mb: 32 << 10, handles: 20_000, operations: 10_000_000_000, seconds: 30.0 }
     }
 }

@@ -22,11 +22,7 @@ fn healthy() -> Facts {
             libtorch_version: "2.11.0".into(),
             cpu_capability: "AVX512".into(),
             threads: 64,
-            devices: vec![ProbedDevice {
-                index: 0,
-                library: "libtorch_hip.so".into(),
-                memory_total: Some(64 << 30),
-            }],
+            devices: vec![ProbedDevice { index: 0, library: "libtorch_hip.so".into(), memory_total: Some(64 << 30) }],
         }),
         cpu: Cpu { model: "EPYC".into(), cores: 64, threads: 128, features: vec!["avx2", "avx512f", "avx512_bf16"] },
         memory: Some(Memory { total: 512 << 30, available: 500 << 30 }),

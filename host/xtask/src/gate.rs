@@ -15,7 +15,7 @@ pub fn run(root: &Path) -> Result<()> {
             run_command(cargo(root).args("clippy --release --workspace --all-targets -- -D warnings".split(' ')))
         }),
         ("the guests' format", &|| {
-            run_command(cargo(root).args("fmt --manifest-path scripts/Cargo.toml --check".split(' ')))
+            run_command(cargo(root).args("fmt --manifest-path scripts/Cargo.toml --all --check".split(' ')))
         }),
         ("the guests' lints", &|| guests::lint(root).map_err(Failure::new)),
         ("the generated SDK", &|| sdk_gen::generate(root, true).map_err(Failure::new)),

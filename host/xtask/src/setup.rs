@@ -23,7 +23,7 @@ pub fn ensure(root: &Path) -> Result<bool> {
     let gloo = !has_gloo(root);
     let wasm = !has_wasm_target(root);
     let checks = [
-        check_compiler(),
+        check_compiler(std::env::var("CXX").as_deref().unwrap_or("c++")),
         libtorch.as_ref().map_or(Ok(()), libtorch::check_tools),
         if wasm { check_rustup() } else { Ok(()) },
     ];
@@ -40,9 +40,7 @@ pub fn ensure(root: &Path) -> Result<bool> {
     Ok(libtorch.is_some() || gloo || wasm)
 }
 
-fn check_compiler() -> Result<()> {
-    let named = std::env::var("CXX").ok();
-    let compiler = named.as_deref().unwrap_or("c++");
+fn check_compiler(compiler: &str) -> Result<()> {
     if works(compiler, &["--version"]) {
         return Ok(());
     }
@@ -102,4 +100,18 @@ fn fetch_gloo(root: &Path) -> Result<()> {
     }
     let _ = std::fs::remove_dir_all(&place);
     std::fs::rename(&unpacked, &place).path_context("create", &place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One line, with the command that helps.
+    #[test]
+    fn a_missing_compiler_is_one_line() {
+        assert!(check_compiler("c++").is_ok());
+        let failure = check_compiler("no-such-compiler").unwrap_err().to_string();
+        assert!(failure.starts_with("error: no C++ compiler (`no-such-compiler` does not run): "), "{failure}");
+        assert!(failure.contains(&install_hint("g++", "gcc-c++")) && failure.lines().count() == 1, "{failure}");
+    }
 }

@@ -153,3 +153,28 @@ pub fn splitmix(value: u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_that_names_no_layer_is_an_error() {
+        let spec = |name: &str| LinearSpec { name: name.to_owned(), inputs: 4, outputs: 4 };
+        let linears = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "lm_head"].map(spec);
+        let plan = |targets: &[&str]| LoraPlan {
+            rank: 2,
+            alpha: 4.0,
+            dropout: 0.0,
+            targets: targets.iter().map(|target| (*target).to_owned()).collect(),
+        };
+        let found = matching(&plan(&["up_proj", "lm_head"]), &linears).unwrap();
+        assert_eq!(found, [linears[1].clone(), linears[2].clone()]);
+        let error = matching(&plan(&["q_proj", "v_proj"]), &linears).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "error: adapter target `v_proj` matches no linear layer of this model\n\
+             hint: layer names here end in: lm_head, q_proj, up_proj"
+        );
+    }
+}

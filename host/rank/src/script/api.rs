@@ -4,7 +4,8 @@
 //! guest: no guest can handle a dead rank, and the first error is the one to report. A handle that outlives its step is
 //! such a mistake too, not a crash: guests in languages with a garbage collector keep handles for longer than they mean.
 //!
-//! What no limit here sees is memory that autograd keeps alive; a tensor's own size is capped instead.
+//! Between two backward passes every tensor a guest makes counts, dropped or not, because autograd may keep it; after one only
+//! those it still holds do. What no limit here sees is a graph that a guest keeps through another backward pass.
 
 use std::time::Instant;
 
@@ -122,6 +123,9 @@ pub struct HostState {
     steps: Slab<Step>,
     runs: Slab<Run>,
     max_handles: usize,
+    /// Bytes of tensors that the guest holds or that autograd may, and the most there may be.
+    pub(super) tensor_bytes: usize,
+    pub(super) max_tensor_bytes: usize,
     training: Option<Box<dyn Training>>,
     opened: bool,
     complete: bool,
@@ -141,6 +145,8 @@ impl HostState {
             steps: Slab::default(),
             runs: Slab::default(),
             max_handles: limits.handles,
+            tensor_bytes: 0,
+            max_tensor_bytes: limits.tensors_mb << 20,
             training,
             opened: false,
             complete: false,
@@ -445,7 +451,9 @@ impl training::HostStep for HostState {
             .hint("build it from `model.loss(batch)` or `model.logits(batch)`, without `detach`"));
         }
         let sum = sum.shallow_clone();
-        self.in_training(|training| training.backward(&sum, weight))
+        self.in_training(|training| training.backward(&sum, weight))?;
+        self.count_tensors();
+        Ok(())
     }
 
     fn finish(&mut self, step: Resource<Step>) -> HostResult<()> {
@@ -459,6 +467,7 @@ impl training::HostStep for HostState {
         }
         let turn = self.turn(&step)?.number;
         self.end_arena(turn);
+        self.count_tensors();
         self.turn = None;
         self.in_training(|training| training.finish_step())?;
         self.clock.restart();

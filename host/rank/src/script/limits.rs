@@ -16,6 +16,8 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How long the guest has worked since the loop last turned.
 pub struct Clock {
     turn: Instant,
+    /// How often the loop has turned.
+    turns: u64,
     in_host: Duration,
     budget: Duration,
     stop: StopFlag,
@@ -28,10 +30,23 @@ pub struct Clock {
 impl Clock {
     pub fn new(seconds: f64, stop: StopFlag) -> Self {
         let budget = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
-        Self { turn: Instant::now(), in_host: Duration::ZERO, budget, stop, loop_time: None, worked: Duration::ZERO }
+        Self {
+            turn: Instant::now(),
+            turns: 0,
+            in_host: Duration::ZERO,
+            budget,
+            stop,
+            loop_time: None,
+            worked: Duration::ZERO,
+        }
+    }
+
+    pub fn turns(&self) -> u64 {
+        self.turns
     }
 
     pub fn restart(&mut self) {
+        self.turns += 1;
         self.turn = Instant::now();
         self.in_host = Duration::ZERO;
     }

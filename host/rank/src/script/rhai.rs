@@ -3,10 +3,11 @@
 //! Nothing here decides what a call does: a binding converts its arguments and calls the same trait method a Wasm guest
 //! reaches. The host state sits in a cell that is never borrowed while script code runs, since no host call calls back.
 //!
-//! Rhai bounds each value, not their sum, and a map filled by index only by guest time. The limits below multiply to what a
-//! machine survives, but a script from a stranger belongs into a process with a memory limit; Wasm is the form for those.
+//! Rhai bounds each value, not their sum, and a map filled by index only by the operations that fill it. The limits below
+//! multiply to what a machine survives, but a script from a stranger belongs into a process with a memory limit; Wasm is the
+//! form for those.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 use std::path::Path;
 use std::rc::Rc;
@@ -230,11 +231,22 @@ impl Front {
         let log = shared.borrow().log.clone();
         engine.on_debug(move |text, _, position| log.line(&format!("{position}: {text}")));
         let progress = shared.clone();
+        // The loop's turn and the operations up to it.
+        let begun = Cell::new((0, 0));
+        let most = limits.operations;
         engine.on_progress(move |operations| {
             if !operations.is_multiple_of(CHECK_EVERY) {
                 return None;
             }
-            let failure = progress.try_borrow().ok()?.clock.check().err()?;
+            let failure = {
+                let state = progress.try_borrow().ok()?;
+                let turn = state.clock.turns();
+                if begun.get().0 != turn {
+                    begun.set((turn, operations));
+                }
+                let done = operations.saturating_sub(begun.get().1);
+                state.clock.check().err().or_else(|| (done > most).then(|| too_many_operations(most)))?
+            };
             progress.borrow_mut().fail(failure);
             Some(Dynamic::UNIT)
         });
@@ -291,9 +303,17 @@ impl Front {
     }
 }
 
+fn too_many_operations(most: u64) -> Failure {
+    Failure::Guest(types::Error {
+        code: types::Code::Limit,
+        message: format!("the script took more than {most} operations without a turn of its loop"),
+        hint: Some("look for a loop that does not end; work on many numbers belongs into tensor operations".into()),
+    })
+}
+
 fn set_limits(engine: &mut Engine, limits: &GuestLimits) {
     engine
-        // Operations are bounded by guest time (`on_progress`): a long run has no fixed number of them.
+        // They are counted from turn to turn of the loop (`on_progress`), not for a whole run.
         .set_max_operations(0)
         .set_max_call_levels(MAX_CALL_DEPTH)
         .set_max_expr_depths(MAX_EXPRESSION_DEPTH, MAX_FUNCTION_EXPRESSION_DEPTH)

@@ -13,6 +13,9 @@ use super::api::{HostError, HostResult, HostState, tensors, types, unknown_handl
 /// The most elements a tensor made by a guest may have: 8 GiB of 32-bit floats.
 const MAX_ELEMENTS: i64 = 1 << 31;
 
+/// As in PyTorch, whose operations need not take more.
+const MAX_DIMS: usize = 64;
+
 /// A tensor, or what is left of it after its step.
 pub enum TensorSlot {
     Live { tensor: Tensor, arena: Option<u64> },
@@ -23,8 +26,29 @@ impl HostState {
     /// Makes a handle for `tensor`, which belongs to the step in progress.
     pub(super) fn keep(&mut self, tensor: Tensor) -> HostResult<Resource<TensorSlot>> {
         self.check_handles()?;
+        let bytes = self.tensor_bytes.saturating_add(bytes(&tensor));
+        if bytes > self.max_tensor_bytes {
+            let message = format!(
+                "a tensor of shape {:?} brings the guest's to {} MiB, and their limit is {} MiB",
+                tensor.size(),
+                bytes >> 20,
+                self.max_tensor_bytes >> 20
+            );
+            return Err(HostError::guest(types::Code::Limit, message)
+                .hint("call `step.backward` for each batch, which frees what led to its sum; `limits.tensors_mb` raises the limit"));
+        }
+        self.tensor_bytes = bytes;
         let arena = self.arena();
         Ok(self.tensors.insert(TensorSlot::Live { tensor, arena }))
+    }
+
+    /// Counts anew what the guest holds, once autograd needs nothing of what it made.
+    pub(super) fn count_tensors(&mut self) {
+        let live = self.tensors.iter_mut().map(|slot| match slot {
+            TensorSlot::Live { tensor, .. } => bytes(tensor),
+            TensorSlot::Gone { .. } => 0,
+        });
+        self.tensor_bytes = live.sum();
     }
 
     pub(super) fn tensor(&self, handle: &Resource<TensorSlot>) -> HostResult<&Tensor> {
@@ -175,6 +199,11 @@ impl tensors::HostTensor for HostState {
         let mut shape = self.tensor(&x)?.size();
         shape.push(1);
         check_dim("unsqueeze", dim, &shape)?;
+        if shape.len() > MAX_DIMS {
+            let message =
+                format!("`unsqueeze` would make {} dimensions, and a tensor has at most {MAX_DIMS}", shape.len());
+            return Err(HostError::guest(types::Code::Limit, message));
+        }
         self.unary("unsqueeze", x, |x| x.f_unsqueeze(dim))
     }
 
@@ -216,6 +245,10 @@ impl tensors::HostTensor for HostState {
         self.tensors.remove(&x);
         Ok(())
     }
+}
+
+fn bytes(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
 /// The index `dim` means in `shape`; negative counts from the end.

@@ -19,12 +19,14 @@ const CACHE_DIR: Key =
 /// What a guest may use.
 pub const LIMITS: &[Key] = &[
     key("memory_mb", POSITIVE, "256", "Memory of the guest, in MiB."),
+    key("tensors_mb", POSITIVE, "32768", "Tensors that the guest holds or its gradients may still need, in MiB."),
     key("handles", POSITIVE, "20000", "Tensors and other handles alive at once."),
+    key("operations", POSITIVE, "10000000000", "Steps of a Rhai script since its loop last turned."),
     key(
         "seconds",
         Type::Number { min: 0.001, max: f64::INFINITY },
         "30.0",
-        "Time in the guest since the host last had control.",
+        "Time in the guest since its loop last turned.",
     ),
 ];
 

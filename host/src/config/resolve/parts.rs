@@ -300,7 +300,9 @@ pub fn limits(root: &Section<'_>) -> Found<GuestLimits> {
     let section = root.section("limits", LIMITS)?;
     Ok(GuestLimits {
         memory_mb: section.get("memory_mb")?,
+        tensors_mb: section.get("tensors_mb")?,
         handles: section.get("handles")?,
+        operations: section.get("operations")?,
         seconds: section.get("seconds")?,
     })
 }

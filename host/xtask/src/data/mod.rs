@@ -113,3 +113,59 @@ fn write_parquet(path: &Path, rows: &[Row]) -> Result<()> {
     writer.close().map_err(|error| failed(&error))?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::AsArray;
+    use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+    use super::*;
+
+    fn row(id: &str) -> Row {
+        Row {
+            document: format!("What {id} does, in \"many\" words,\nover lines."),
+            summary: "it".into(),
+            id: id.into(),
+        }
+    }
+
+    /// Pinned: a row that changed its split would be trained on one day and tested on the next.
+    #[test]
+    fn a_row_stays_in_its_split() {
+        let split = |id: &str| SPLITS[split_of(&row(id))];
+        assert_eq!(["bash", "vim", "axel", "caddy"].map(split), ["train", "train", "validation", "test"]);
+        let mut counts = [0u32; 3];
+        (0..10_000).for_each(|i| counts[split_of(&row(&format!("package{i}")))] += 1);
+        assert!((8_900..9_100).contains(&counts[0]) && counts[1].abs_diff(counts[2]) < 100, "{counts:?}");
+    }
+
+    #[test]
+    fn both_formats_hold_the_same_rows() {
+        let dir = tempfile::tempdir().unwrap();
+        let rows: Vec<Row> = (0..300).map(|i| row(&format!("package{i}"))).collect();
+        write(dir.path(), rows.clone()).unwrap();
+        let mut seen = vec![];
+        for split in SPLITS {
+            let path = dir.path().join(DATA_DIR).join(split);
+            let text = fs::read_to_string(path.with_extension("jsonl")).unwrap();
+            let of_jsonl: Vec<Row> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+            let file = File::open(path.with_extension("parquet")).unwrap();
+            let batches = ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap();
+            let mut of_parquet = vec![];
+            for batch in batches.map(Result::unwrap) {
+                let column = |name: &str| batch.column_by_name(name).unwrap().as_string::<i32>().clone();
+                let (documents, summaries, ids) = (column("document"), column("summary"), column("id"));
+                of_parquet.extend((0..batch.num_rows()).map(|i| Row {
+                    document: documents.value(i).to_owned(),
+                    summary: summaries.value(i).to_owned(),
+                    id: ids.value(i).to_owned(),
+                }));
+            }
+            assert_eq!(of_jsonl, of_parquet);
+            assert!(of_jsonl.iter().all(|row| SPLITS[split_of(row)] == split) && !of_jsonl.is_empty());
+            seen.extend(of_jsonl);
+        }
+        seen.sort_by_key(|row| rows.iter().position(|other| other == row));
+        assert_eq!(seen, rows);
+    }
+}

@@ -44,11 +44,16 @@ fn main() -> Result<()> {
             }
         }
         "broadcasts" => {
-            // [n] + [n, 1] is [n, n]; once more and it is terabytes.
+            // [n] + [n, 1] is [n, n]; a few times, and one more of them is terabytes.
             let mut row = model.logits(&batch)?.sum_dim(0)?;
-            for _ in 0..40 {
+            for _ in 0..4 {
                 row = (&row + &row.unsqueeze(-1)?)?;
             }
+            let mut column = row.unsqueeze(-1)?;
+            for _ in 0..4 {
+                column = column.unsqueeze(-1)?;
+            }
+            black_box((&row + &column)?);
         }
         "keeps_a_tensor" => {
             let loss = model.loss(&batch)?;
