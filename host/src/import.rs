@@ -72,13 +72,20 @@ pub fn import_gguf(input: &Path, output_dir: &Path, force: bool) -> Result<Impor
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
-    fs::create_dir_all(parent).path_context("create", parent)?;
+    let unwritable = |error: std::io::Error| {
+        let what = format!("the output folder `{}` cannot be written to", output_dir.display());
+        // The library adds a random name to the system's words.
+        let error = error.to_string();
+        let cause = error.split(" at path ").next().unwrap_or_default();
+        Error::config(what).cause(format!("`{}`: {cause}", parent.display())).hint("give another with `--output-dir`")
+    };
+    fs::create_dir_all(parent).map_err(unwritable)?;
     let building = tempfile::Builder::new()
         .prefix(".import-")
         // The folder keeps these after the rename; the umask applies.
         .permissions(fs::Permissions::from_mode(0o777))
         .tempdir_in(parent)
-        .path_context("create a folder in", parent)?;
+        .map_err(unwritable)?;
     let mut folder = Folder { dir: building.path(), files: vec![], bytes: 0 };
     folder.write_weights(&gguf, &targets)?;
     folder.write("tokenizer.json", &tokenizer_json)?;

@@ -5,6 +5,9 @@
 
 mod case;
 mod ends;
+#[path = "../../host/src/gguf/fixture.rs"]
+#[allow(dead_code)]
+mod gguf_fixture;
 mod hub;
 mod mistakes;
 mod results;

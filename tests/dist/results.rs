@@ -11,6 +11,7 @@ use host_rank::{generate, script};
 use serde_json::Value;
 
 use crate::case::{Case, Ended, RHAI, RHAI_TEMPLATE, Running, STEPS, WASM, free_port};
+use crate::gguf_fixture::tiny_llama;
 
 const TWO_RANKS: &[&str] = &["--nproc", "2", "gradient_accumulation_steps=2"];
 
@@ -174,6 +175,42 @@ fn a_run_tells_what_it_does() {
     assert_eq!(ended.code, 0, "{}", ended.stderr);
     let text = std::fs::read_to_string(case.path("text/logs/log.jsonl")).unwrap();
     assert!(text.lines().nth(1).unwrap().starts_with("Step 1 | loss:"), "{text}");
+}
+
+/// `import`, and what comes of a folder that it wrote.
+#[test]
+fn an_imported_model_trains_and_generates() {
+    let case = Case::new();
+    case.write("tiny.gguf", tiny_llama().bytes());
+    let import = |arguments: &[&str]| Ended::of(&mut case.host(&[&["import", "tiny.gguf"], arguments].concat()));
+    let ended = import(&["--output-dir", "imported"]);
+    insta::assert_snapshot!(format!("{}{}", ended.stdout, ended.report()), @"
+    tensors:     20 (9 Q8_0, 7 F32, 4 F16)
+    parameters:  0.1 million, as bf16
+    vocabulary:  262 tokens
+    size:        0 MB -> 0 MB
+    written to:  imported (model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, model.safetensors.index.json, tokenizer.json, tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json)
+    exit 0
+    ");
+    let taken = import(&["--output-dir", "model"]);
+    insta::assert_snapshot!(taken.report(), @"
+    exit 2
+    error: `model` is not empty
+    hint: choose another folder, or replace the model in it with `--force`
+    ");
+    let nowhere = import(&["--output-dir", "/proc/imported"]);
+    insta::assert_snapshot!(nowhere.report(), @"
+    exit 2
+    error: the output folder `/proc/imported` cannot be written to
+    cause: `/proc`: No such file or directory (os error 2)
+    hint: give another with `--output-dir`
+    ");
+
+    let model = "checkpointer.checkpoint_dir=imported";
+    let losses = case.losses(WASM, "out", &[model, "tokenizer.max_seq_len=400"]);
+    // Its weights say nothing, so every one of 262 tokens is as likely as another.
+    assert!(losses.iter().all(|loss| (loss - 262f64.ln()).abs() < 0.01), "{losses:?}");
+    generate_text(&case, &["checkpointer.checkpoint_dir=out/epoch_0", "prompt.user=text"]);
 }
 
 /// A model whose output layer is its embedding: no `lm_head` in its files, none in what is saved, the same text from both.
