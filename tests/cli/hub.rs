@@ -503,7 +503,7 @@ impl Case {
         let said = self.host(&[&["validate", "--json", "c.yaml"], overrides].concat());
         let text = said.strip_prefix("exit 0\n--- stdout\n").unwrap_or_else(|| panic!("{said}"));
         let value: Value = serde_json::from_str(text).unwrap();
-        let dataset = &value["plan"]["train"]["dataset"];
+        let dataset = &value["plan"]["train"]["dataset"][0];
         let name = |file: &Value| {
             let path = file["path"].as_str().unwrap().replace("DIR", self.dir.path().to_str().unwrap());
             assert!(std::fs::metadata(&path).unwrap().len() > 0);

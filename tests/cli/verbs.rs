@@ -247,7 +247,7 @@ fn overrides_change_the_plan() {
     assert_eq!(plan["optimizer"]["lr"], 1e-3);
     assert_eq!(plan["model"]["lora"]["targets"][0], "k_proj");
     assert_eq!(plan["schedule"], "constant");
-    assert_eq!(plan["dataset"]["split"], "train[:1]");
+    assert_eq!(plan["dataset"][0]["split"], "train[:1]");
     assert_eq!(plan["overrides"][0], "optimizer.lr=1e-3");
 }
 

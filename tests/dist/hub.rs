@@ -36,7 +36,7 @@ fn trains_on_a_data_set_of_the_hub_and_again_without_it() {
     let record: serde_json::Value =
         serde_json::from_slice(&std::fs::read(case.path("first/epoch_0/run.json")).unwrap()).unwrap();
     let commit = hub.commit("datasets/EdinburghNLP/xsum", "refs/convert/parquet");
-    assert_eq!(record["hub_data"]["pinned"]["commit"], commit.as_str());
+    assert_eq!(record["hub_data"][0]["pinned"]["commit"], commit.as_str());
 
     let second = run(&case, &endpoint, "second");
     assert_eq!((second.code, case.log("second")), (0, losses.clone()), "{}", second.stderr);

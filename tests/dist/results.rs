@@ -6,6 +6,7 @@ use std::path::Path;
 
 use host::config::Config;
 use host::config::resolve::{self, FileKind, Surroundings};
+use host::data::template::Templates;
 use host::tokenizer::{Format, Tokenizer};
 use host_rank::{generate, script};
 use serde_json::Value;
@@ -366,8 +367,9 @@ fn a_prompt_is_the_beginning_of_a_training_row() {
         let tokenizer = Tokenizer::of(&ask.tokenizer).unwrap();
         let guest = ask.tokenizer.prompt_template.as_ref().unwrap();
         let template = script::open_template(guest, &ask.limits).unwrap();
-        let prompt = generate::prompt_tokens(&ask, &tokenizer, template.as_ref()).unwrap();
-        let data = host::data::prepare(&train.dataset, &train.tokenizer, &tokenizer, template.as_ref()).unwrap();
+        let prompt = generate::prompt_tokens(&ask, &tokenizer, Some(&template)).unwrap();
+        let templates = [Templates { own: None, prompt: Some(template) }];
+        let data = host::data::prepare(&train.dataset, &train.tokenizer, &tokenizer, &templates).unwrap();
         let row = data.sample(0);
         assert_eq!(prompt, row.tokens[..prompt.len()]);
         assert!(row.labels.len() > prompt.len());

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use host::config::plan::GuestLimits;
-use host::data::template::Row;
+use host::data::template::{Cell, MESSAGES, Message, Role, Row};
 use host::worker::StopFlag;
 use host_rank::script::{Recipe, open_template};
 use serde_json::json;
@@ -53,10 +53,13 @@ fn calls() {
     });
 }
 
-/// Up to 20,000 rows: `document` and `summary` of a JSONL file, which `cargo xtask bench` names, or made up.
+/// Up to 20,000 conversations: `document` and `summary` of a JSONL file, which `cargo xtask bench` names, or made up.
 fn template_rows_of(file: Option<std::ffi::OsString>) -> Vec<Row> {
     const ROWS: usize = 20_000;
-    let row = |(id, cells): (usize, [String; 2])| Row { id: id as u64, cells: cells.map(Some).into() };
+    let row = |(id, [asked, answered]): (usize, [String; 2])| {
+        let messages = vec![Message::of(Role::User, asked), Message::of(Role::Assistant, answered)];
+        Row { id: id as u64, cells: vec![Cell::Messages(messages)] }
+    };
     let Some(file) = file else {
         let text = "a line of a dialogue, as long as lines are. ".repeat(25);
         let made_up = |id| [format!("{id} {text}"), "a summary of about one line, which is short".into()];
@@ -72,14 +75,19 @@ fn template_rows_of(file: Option<std::ffi::OsString>) -> Vec<Row> {
 #[ignore = "a measurement"]
 fn template_rows() {
     let rows = template_rows_of(std::env::var_os("HOST_TEMPLATE_ROWS"));
-    let bytes = rows.iter().flat_map(|row| row.cells.iter().flatten()).map(String::len).sum::<usize>() / rows.len();
+    let size = |cell: &Cell| match cell {
+        Cell::Messages(messages) => messages.iter().flat_map(|message| &message.parts).map(String::len).sum(),
+        _ => 0,
+    };
+    let bytes = rows.iter().flat_map(|row| &row.cells).map(size).sum::<usize>() / rows.len();
     for path in ["templates/summarize.wasm", "templates/summarize.rhai"] {
         let mut template = open_template(&guest(path), &GuestLimits::default()).unwrap().open().unwrap();
-        template.configure(&["input".into(), "output".into()]).unwrap();
+        template.configure(&[MESSAGES.into()]).unwrap();
         let best = (0..5)
             .map(|_| {
+                let rows = rows.clone();
                 let started = Instant::now();
-                template.render(&rows).unwrap();
+                template.render(rows).unwrap();
                 started.elapsed()
             })
             .min()

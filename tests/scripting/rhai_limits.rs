@@ -1,6 +1,7 @@
 //! What a script must not do, and what its author reads about it.
 
 use host::config::plan::GuestLimits;
+use host::data::template::Cell;
 use host::worker::StopFlag;
 use serde_json::json;
 
@@ -167,8 +168,8 @@ fn depth_fits_a_small_stack() {
     let thread = std::thread::Builder::new().stack_size(2 << 20).spawn(move || {
         let mut template = template.open().unwrap();
         template.configure(&["input".into()]).unwrap();
-        let row = host::data::template::Row { id: 0, cells: vec![Some("x".into())] };
-        template.render(&[row]).unwrap_err().to_string()
+        let row = host::data::template::Row { id: 0, cells: vec![Cell::Text("x".into())] };
+        template.render(vec![row]).unwrap_err().to_string()
     });
     let error = thread.unwrap().join().unwrap();
     assert!(error.contains("Stack overflow") || error.contains("too deep"), "{error}");

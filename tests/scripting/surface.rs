@@ -10,7 +10,7 @@ use crate::support::root;
 /// Every function of the world `recipe` as `interface resource.name`, straight from the WIT.
 pub fn contract() -> BTreeSet<(String, String)> {
     let mut resolve = Resolve::default();
-    let (package, _) = resolve.push_dir(root().join("sdk/wit/0.0.1")).unwrap();
+    let (package, _) = resolve.push_dir(root().join("sdk/wit/0.0.2")).unwrap();
     let world = resolve.select_world(&[package], Some("recipe")).unwrap();
     let mut functions = BTreeSet::new();
     for item in resolve.worlds[world].imports.values() {
@@ -47,6 +47,22 @@ fn rhai_has_the_contract_and_nothing_else() {
         found.insert((of, name.replace('_', "-")));
     }
     assert_eq!(found, contract());
+}
+
+#[test]
+fn a_template_has_what_its_definitions_say() {
+    // Without what it gives back, and of a setter the name alone: Rhai does not know what its value is called.
+    let plain = |signature: &str| {
+        let call = signature.trim_start_matches("fn ").split(" ->").next().unwrap();
+        let call = call.replace("get ", "get$").replace("set ", "set$").replace("self: ", "").replace("array", "Array");
+        call.strip_prefix("set$").map_or(call.clone(), |setter| format!("set${}", setter.split('(').next().unwrap()))
+    };
+    let declared: BTreeSet<String> =
+        crate::sdk_gen::TEMPLATE_FUNCTIONS.iter().map(|(declaration, _)| plain(declaration)).collect();
+    let registered =
+        host_rank::script::template::signatures().into_iter().filter(|signature| !signature.starts_with("host::"));
+    let registered: BTreeSet<String> = registered.map(|signature| plain(&signature)).collect();
+    assert_eq!(registered, declared);
 }
 
 #[test]

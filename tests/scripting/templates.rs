@@ -1,19 +1,34 @@
 //! Templates through both fronts.
 
-use host::config::plan::GuestLimits;
-use host::data::template::{Message, Outcome, Role, Row, RowTemplate};
+use std::path::Path;
+
+use host::config::plan::{GuestLimits, MessageFormat, TokenizerPlan};
+use host::data::Encoder;
+use host::data::template::{Cell, MESSAGES, Message, Outcome, Role, Row, RowTemplate};
+use host::tokenizer::Tokenizer;
 use host_rank::script::open_template;
+use serde_json::Value;
 
 use crate::support::{guest, tight};
 
-fn open(path: &str, limits: &GuestLimits, columns: &[&str]) -> host::Result<Box<dyn RowTemplate>> {
+/// A template that was told of `columns`, and those it wants.
+fn configured(path: &str, limits: &GuestLimits, columns: &[&str]) -> host::Result<(Box<dyn RowTemplate>, Vec<String>)> {
     let mut template = open_template(&guest(path), limits)?.open()?;
-    template.configure(&columns.iter().map(|column| column.to_string()).collect::<Vec<_>>())?;
-    Ok(template)
+    let wanted = template.configure(&columns.iter().map(|column| column.to_string()).collect::<Vec<_>>())?;
+    Ok((template, wanted))
+}
+
+fn open(path: &str, limits: &GuestLimits, columns: &[&str]) -> host::Result<Box<dyn RowTemplate>> {
+    configured(path, limits, columns).map(|(template, _)| template)
 }
 
 fn row(id: u64, cells: &[Option<&str>]) -> Row {
-    Row { id, cells: cells.iter().map(|cell| cell.map(String::from)).collect() }
+    let cell = |text: &Option<&str>| text.map_or(Cell::None, |text| Cell::Text(text.to_owned()));
+    Row { id, cells: cells.iter().map(cell).collect() }
+}
+
+fn conversation(id: u64, messages: &[Message]) -> Row {
+    Row { id, cells: vec![Cell::Messages(messages.to_vec())] }
 }
 
 /// A template script and what it makes of one row with the columns `input` and `output`.
@@ -22,7 +37,7 @@ fn script(text: &str, cells: &[Option<&str>]) -> Result<Outcome, String> {
     let path = dir.path().join("t.rhai");
     std::fs::write(&path, text).unwrap();
     open(path.to_str().unwrap(), &tight(), &["input", "output"])
-        .and_then(|mut template| template.render(&[row(4, cells)]))
+        .and_then(|mut template| template.render(vec![row(4, cells)]))
         .map(|mut outcomes| outcomes.remove(0))
         .map_err(|error| error.to_string().replace(dir.path().to_str().unwrap(), "[DIR]"))
 }
@@ -40,39 +55,53 @@ fn both_fronts_summarise_alike() {
     let rows: Vec<Row> = (0..1000)
         .map(|id| {
             let text = format!("document {id} with “quotes”, \u{1f600} and\nlines");
-            row(id, &[(id % 7 != 0).then_some(text.as_str()), (id % 3 != 0).then_some("summary")])
+            let (system, user) = (message(Role::System, &["s"], None), message(Role::User, &["a", &text], None));
+            let answer = message(Role::Assistant, &["summary"], Some(id % 5 == 0));
+            let turns = [vec![system], vec![[user, answer]; 1 + id as usize % 3].concat()].concat();
+            conversation(id, &turns[usize::from(id % 2 == 0)..])
         })
         .collect();
     let limits = GuestLimits::default();
-    let wasm = open("templates/summarize.wasm", &limits, &["input", "output"]).unwrap().render(&rows).unwrap();
-    let rhai = open("templates/summarize.rhai", &limits, &["input", "output"]).unwrap().render(&rows).unwrap();
-    assert_eq!(wasm, rhai);
+    let (mut wasm, wanted) = configured("templates/summarize.wasm", &limits, &["input", "output", MESSAGES]).unwrap();
+    assert_eq!(wanted, [MESSAGES]);
+    let (mut rhai, wanted) = configured("templates/summarize.rhai", &limits, &["input", "output", MESSAGES]).unwrap();
+    assert_eq!(wanted, [MESSAGES]);
+    let outcomes = wasm.render(rows.clone()).unwrap();
+    assert_eq!(outcomes, rhai.render(rows).unwrap());
     let user = message(
         Role::User,
-        &["Summarize this dialogue:\n", rows[1].cells[0].as_ref().unwrap(), "\n---\nSummary:\n"],
+        &["Summarize this dialogue:\n", "a", "document 0 with “quotes”, \u{1f600} and\nlines", "\n---\nSummary:\n"],
         None,
     );
-    assert_eq!(wasm[1], Outcome::Keep(vec![user, message(Role::Assistant, &["summary"], None)]));
-    assert!(matches!(&wasm[3], Outcome::Keep(messages) if messages.len() == 1), "a prompt has no answer");
-    assert_eq!(wasm[0], Outcome::Fail("the row has no `input`".into()));
+    assert_eq!(outcomes[0], Outcome::Keep(vec![user, message(Role::Assistant, &["summary"], Some(true))]));
+    assert!(matches!(&outcomes[5], Outcome::Keep(messages) if messages.len() == 7), "system, and three times two");
 }
 
 /// The literal texts of torchtune's templates (parity §5.3).
 #[test]
 fn shipped_templates_use_torchtunes_words() {
     let limits = GuestLimits::default();
-    let asked = |name: &str, columns: &[&str], cells: &[Option<&str>]| {
-        let mut template = open(&format!("templates/{name}.rhai"), &limits, columns).unwrap();
-        let Outcome::Keep(messages) = template.render(&[row(0, cells)]).unwrap().remove(0) else {
-            panic!("`{name}` keeps the row")
-        };
-        assert_eq!(messages[1], message(Role::Assistant, &["answer"], None), "{name}");
+    let pair = |name: &str| {
+        let mut template = open(&format!("templates/{name}.rhai"), &limits, &[MESSAGES]).unwrap();
+        let row = conversation(0, &[message(Role::User, &["text"], None), message(Role::Assistant, &["answer"], None)]);
+        let Outcome::Keep(messages) = template.render(vec![row]).unwrap().remove(0) else { panic!("{name}") };
+        messages.iter().map(|message| message.parts.concat()).collect::<Vec<_>>()
+    };
+    assert_eq!(pair("grammar"), ["Correct this to standard English: text\n---\nCorrected: ", "answer"]);
+    assert_eq!(pair("question_answer"), ["Question: text\n\nAnswer: ", "answer"]);
+    assert_eq!(pair("summarize"), ["Summarize this dialogue:\ntext\n---\nSummary:\n", "answer"]);
+    assert_eq!(pair("chatml"), ["<|im_start|>user\ntext<|im_end|>\n", "<|im_start|>assistant\nanswer<|im_end|>\n"]);
+    assert_eq!(pair("llama2_chat"), ["[INST] text [/INST] ", "answer"]);
+    assert_eq!(pair("mistral_chat"), ["[INST] text [/INST] ", "answer"]);
+    let alpaca = |input| {
+        let columns = ["instruction", "input", "output"];
+        let (mut template, wanted) = configured("templates/alpaca.rhai", &limits, &columns).unwrap();
+        assert_eq!(wanted, columns, "it says nothing of columns");
+        let row = row(0, &[Some("do"), input, Some("answer")]);
+        let Outcome::Keep(messages) = template.render(vec![row]).unwrap().remove(0) else { panic!("alpaca") };
+        assert_eq!(messages[1], message(Role::Assistant, &["answer"], None));
         messages[0].parts.concat()
     };
-    let pair = |name| asked(name, &["input", "output"], &[Some("text"), Some("answer")]);
-    assert_eq!(pair("grammar"), "Correct this to standard English: text\n---\nCorrected: ");
-    assert_eq!(pair("question_answer"), "Question: text\n\nAnswer: ");
-    let alpaca = |input| asked("alpaca", &["instruction", "input", "output"], &[Some("do"), input, Some("answer")]);
     assert_eq!(
         alpaca(Some("text")),
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a \
@@ -83,51 +112,123 @@ fn shipped_templates_use_torchtunes_words() {
     assert_eq!((alpaca(Some("")).as_str(), alpaca(None).as_str()), (without, without));
 }
 
+/// Llama 2's and Mistral's formats are templates; their tokens are those of torchtune's tokenizers with its own.
 #[test]
-fn columns_come_in_any_order() {
-    for path in ["templates/summarize.wasm", "templates/summarize.rhai"] {
-        let mut template = open(path, &GuestLimits::default(), &["other", "output", "input"]).unwrap();
-        let outcomes = template.render(&[row(1, &[Some("x"), Some("out"), Some("in")])]).unwrap();
-        let user = message(Role::User, &["Summarize this dialogue:\n", "in", "\n---\nSummary:\n"], None);
-        assert_eq!(outcomes, [Outcome::Keep(vec![user, message(Role::Assistant, &["out"], None)])]);
+fn chat_formats_are_the_tokens_torchtune_makes() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tokenizers");
+    let text = std::fs::read_to_string(fixtures.join("messages.json")).unwrap();
+    let plan = TokenizerPlan { format: MessageFormat::Turns, ..TokenizerPlan::plain(fixtures.join("llama2.model")) };
+    let tokenizer = Tokenizer::of(&plan).unwrap();
+    let mut compared = 0;
+    for case in serde_json::from_str::<Vec<Value>>(&text).unwrap() {
+        let template = match case["family"].as_str().unwrap() {
+            "llama2" => "templates/llama2_chat.rhai",
+            "mistral" => "templates/mistral_chat.rhai",
+            _ => continue,
+        };
+        if case["template"] != "own" {
+            continue;
+        }
+        let turns: Vec<(String, String)> = serde_json::from_value(case["turns"].clone()).unwrap();
+        let role = |name: &str| Role::ALL.into_iter().find(|role| role.name() == name).unwrap_or(Role::Tool);
+        let messages: Vec<Message> = turns.iter().map(|(name, text)| message(role(name), &[text], None)).collect();
+        let mut opened = open(template, &GuestLimits::default(), &[MESSAGES]).unwrap();
+        let Outcome::Keep(messages) = opened.render(vec![conversation(0, &messages)]).unwrap().remove(0) else {
+            panic!("{case}")
+        };
+        let max_seq_len = case["max_seq_len"].as_u64().map(|limit| limit as usize);
+        let encoder = Encoder { tokenizer: &tokenizer, max_seq_len, train_on_input: false };
+        let encoded = encoder.sample(&messages).unwrap();
+        let tokens: Vec<u32> = serde_json::from_value(case["tokens"].clone()).unwrap();
+        assert_eq!(encoded.tokens, tokens, "{case}");
+        let runs: Vec<(usize, usize)> = serde_json::from_value(case["trained"].clone()).unwrap();
+        let trained = |at: usize| runs.iter().any(|&(start, end)| (start..end).contains(&at));
+        assert_eq!(encoded.trained, (0..tokens.len()).map(trained).collect::<Vec<_>>(), "{case}");
+        compared += 1;
     }
+    assert!(compared > 10, "{compared}");
 }
 
+/// What the three do that a single question does not show.
 #[test]
-fn a_prompt_needs_no_output() {
-    for path in ["templates/summarize.wasm", "templates/summarize.rhai"] {
-        let mut template = open(path, &GuestLimits::default(), &["input"]).unwrap();
-        let outcomes = template.render(&[row(1, &[Some("in")])]).unwrap();
-        let user = message(Role::User, &["Summarize this dialogue:\n", "in", "\n---\nSummary:\n"], None);
-        assert_eq!(outcomes, [Outcome::Keep(vec![user])]);
-    }
+fn chat_formats_know_their_roles() {
+    let turns = [
+        message(Role::System, &["s"], None),
+        message(Role::User, &["a"], None),
+        message(Role::Assistant, &["b"], None),
+        message(Role::User, &["c"], None),
+        message(Role::Assistant, &[""], None),
+    ];
+    let rendered = |name: &str, turns: &[Message]| {
+        let mut template = open(&format!("templates/{name}.rhai"), &GuestLimits::default(), &[MESSAGES]).unwrap();
+        match template.render(vec![conversation(0, turns)]).unwrap().remove(0) {
+            Outcome::Keep(messages) => messages.iter().map(|message| message.parts.concat()).collect::<Vec<_>>(),
+            Outcome::Skip(why) | Outcome::Fail(why) => vec![why],
+        }
+    };
+    // The last answer is still to be written: it is begun, and not ended.
+    let chatml = [
+        "system\ns<|im_end|>\n",
+        "user\na<|im_end|>\n",
+        "assistant\nb<|im_end|>\n",
+        "user\nc<|im_end|>\n",
+        "assistant\n",
+    ];
+    assert_eq!(rendered("chatml", &turns), chatml.map(|text| format!("<|im_start|>{text}")));
+    // The system's message goes with the first question alone (torchtune repeats it, parity §5.3).
+    let llama = ["[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] ", "b", "[INST] c [/INST] ", ""];
+    assert_eq!(rendered("llama2_chat", &turns), llama);
+    assert!(rendered("mistral_chat", &turns)[0].starts_with("Mistral's format has no system message"));
+    assert_eq!(rendered("mistral_chat", &turns[1..]), ["[INST] a [/INST] ", "b", "[INST] c [/INST] ", ""]);
+}
+
+/// Columns come as the template wants them, whatever the order they were offered in.
+#[test]
+fn a_template_chooses_its_columns() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("t.rhai");
+    let path = path.to_str().unwrap();
+    let outcome = |text: &str, offered: &[&str], cells: &[Option<&str>]| {
+        std::fs::write(path, text).unwrap();
+        let (mut template, wanted) = configured(path, &tight(), offered).unwrap();
+        (wanted, template.render(vec![row(1, cells)]).unwrap().remove(0))
+    };
+    let text = "fn configure(columns) { [columns[2], \"output\"] } fn render(row) { [user([row.input, row.output])] }";
+    let (wanted, kept) = outcome(text, &["other", "output", "input"], &[Some("in"), Some("out")]);
+    assert_eq!(wanted, ["input", "output"]);
+    assert_eq!(kept, Outcome::Keep(vec![message(Role::User, &["in", "out"], None)]));
+    // Without a word: the columns of the config, or the conversation where there is nothing else.
+    let text = "fn render(row) { [user([row.b, row.a])] }";
+    let (wanted, kept) = outcome(text, &["a", "b", MESSAGES], &[Some("1"), Some("2")]);
+    assert_eq!(wanted, ["a", "b"]);
+    assert_eq!(kept, Outcome::Keep(vec![message(Role::User, &["2", "1"], None)]));
+    let (_, wanted) = configured(path, &tight(), &[MESSAGES]).unwrap();
+    assert_eq!(wanted, [MESSAGES]);
+    std::fs::write(path, "fn configure(columns) { 3 } fn render(row) { [] }").unwrap();
+    let error = configured(path, &tight(), &["a"]).err().unwrap().to_string();
+    insta::assert_snapshot!(error.replace(dir.path().to_str().unwrap(), "[DIR]"), @r#"
+    error: template `[DIR]/t.rhai` failed on the columns a
+    cause: `configure` gave back i64, not an array of column names
+    hint: give back those that `render` reads, such as `["messages"]`, or nothing
+    "#);
 }
 
 #[test]
 fn a_missing_column_is_named() {
-    let Err(error) = open("templates/summarize.wasm", &GuestLimits::default(), &["dialogue"]) else {
-        panic!("no `input`")
-    };
-    insta::assert_snapshot!(error, @r#"
-    error: template `templates/summarize.wasm` failed on the columns dialogue
-      --> scripts/templates/wasm/summarize/src/lib.rs:16
-    cause: no column `input` among dialogue
-    hint: name it in `column_map`
-    "#);
-    let mut template = open("templates/summarize.rhai", &GuestLimits::default(), &["dialogue"]).unwrap();
-    insta::assert_snapshot!(template.render(&[row(4, &[Some("x")])]).unwrap_err(), @r#"
-    error: template `templates/summarize.rhai` failed on row 4
-      --> templates/summarize.rhai:4:12
-    cause: no property `input`
+    let mut template = open("templates/alpaca.rhai", &GuestLimits::default(), &["dialogue"]).unwrap();
+    insta::assert_snapshot!(template.render(vec![row(4, &[Some("x")])]).unwrap_err(), @"
+    error: template `templates/alpaca.rhai` failed on row 4
+      --> templates/alpaca.rhai:4:12
+    cause: no property `instruction`
     hint: the row's columns are dialogue; `column_map` names them
-    "#);
+    ");
 }
 
 #[test]
 fn a_component_says_what_became_of_a_row() {
     let mut template = open("target/guests/odd_template.wasm", &tight(), &["input"]).unwrap();
     let rows: Vec<Row> = ["skips", "fails", "trains", "text"].iter().map(|text| row(0, &[Some(text)])).collect();
-    let outcomes = template.render(&rows).unwrap();
+    let outcomes = template.render(rows).unwrap();
     assert_eq!(
         outcomes,
         [
@@ -145,21 +246,21 @@ fn a_component_says_what_became_of_a_row() {
 #[test]
 fn a_component_that_panics_repeats_its_first_error() {
     let mut template = open("target/guests/odd_template.wasm", &tight(), &["input"]).unwrap();
-    let error = template.render(&[row(7, &[Some("text")]), row(8, &[Some("panics")])]).unwrap_err();
+    let error = template.render(vec![row(7, &[Some("text")]), row(8, &[Some("panics")])]).unwrap_err();
     insta::assert_snapshot!(error, @r#"
     error: template `target/guests/odd_template.wasm` failed on rows 7 to 8
       --> tests/scripting/guests/odd_template/src/lib.rs:21
     cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:21:25:
     cause: row 8 is odd
     "#);
-    let again = template.render(&[row(9, &[Some("text")])]).unwrap_err();
+    let again = template.render(vec![row(9, &[Some("text")])]).unwrap_err();
     assert_eq!(again.to_string(), error.to_string());
 }
 
 #[test]
 fn a_component_that_loops_is_ended() {
     let mut template = open("target/guests/odd_template.wasm", &tight(), &["input"]).unwrap();
-    insta::assert_snapshot!(template.render(&[row(7, &[Some("loops")])]).unwrap_err(), @r#"
+    insta::assert_snapshot!(template.render(vec![row(7, &[Some("loops")])]).unwrap_err(), @r#"
     error: template `target/guests/odd_template.wasm` failed on row 7
       --> tests/scripting/guests/odd_template/src/lib.rs:19
     cause: the guest computed for more than 0.4 s without a turn of its loop

@@ -1,10 +1,8 @@
 //! What the number tests share: the tiny model, the recorded rows, and a run driven as the shipped recipe drives it.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use host::config::plan::*;
-use host::data::template::PlainTemplate;
 use host::data::{Sample, Tokenized};
 use host::worker::{StopFlag, WorkerEnv};
 use host_rank::dist::Group;
@@ -47,10 +45,11 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
         format: DataFormat::Jsonl,
         hub: None,
         split: "train".into(),
-        column_map: vec![],
-        template: None,
+        rows: RowsPlan::Columns { columns: vec![], template: None },
+        new_system_prompt: None,
         train_on_input: false,
         on_bad_row: OnBadRow::Error,
+        packing: None,
         cache_dir: output_dir.join("cache"),
     };
     TrainPlan {
@@ -69,8 +68,8 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
             max_seq_len: Some(512),
             ..TokenizerPlan::plain(tiny_model().join("tokenizer.json"))
         },
-        dataset,
-        dataset_val: None,
+        dataset: vec![dataset],
+        dataset_val: vec![],
         run_val_every_n_steps: None,
         seed: 42,
         shuffle: false,
@@ -189,8 +188,8 @@ pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port:
     let group = Group::join(&env).unwrap();
     let inputs = Inputs {
         env,
-        template: Arc::new(PlainTemplate),
-        template_val: None,
+        templates: vec![],
+        templates_val: vec![],
         stop: StopFlag::default(),
         recipe_digest: "test".into(),
     };

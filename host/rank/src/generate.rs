@@ -4,8 +4,8 @@ use std::io::Write;
 use std::time::Instant;
 
 use host::config::plan::{GeneratePlan, PromptPlan};
-use host::data::template::{Message, OpenTemplate, Outcome, Role, Row};
-use host::data::{encode_prompt, encode_text};
+use host::data::template::SharedTemplate;
+use host::data::{encode_prompt, encode_text, messages};
 use host::tokenizer::Tokenizer;
 use host::worker::{StopFlag, WorkerEnv};
 use host::{Error, Result};
@@ -82,7 +82,7 @@ pub fn continue_tokens(
 }
 
 /// `host run generate`: prints the prompt and its continuation as it is made, then torchtune's figures.
-pub fn run(plan: &GeneratePlan, env: &WorkerEnv, template: &dyn OpenTemplate, stop: &StopFlag) -> Result<()> {
+pub fn run(plan: &GeneratePlan, env: &WorkerEnv, template: Option<&SharedTemplate>, stop: &StopFlag) -> Result<()> {
     let device = device::open(plan.device, env.local_rank, &env.libtorch_lib)?;
     let tokenizer = Tokenizer::of(&plan.tokenizer)?;
     let prompt: Vec<i64> = prompt_tokens(plan, &tokenizer, template)?.into_iter().map(i64::from).collect();
@@ -149,30 +149,15 @@ pub fn run(plan: &GeneratePlan, env: &WorkerEnv, template: &dyn OpenTemplate, st
 }
 
 /// The prompt as training would have seen it: through the same template and the same encoding, up to the answer.
-pub fn prompt_tokens(plan: &GeneratePlan, tokenizer: &Tokenizer, template: &dyn OpenTemplate) -> Result<Vec<u32>> {
-    let message = |role, text: &str| Message { role, parts: vec![text.to_owned()], train: None };
-    let messages = match &plan.prompt {
-        PromptPlan::Text(text) => return encode_text(tokenizer, text),
+pub fn prompt_tokens(
+    plan: &GeneratePlan,
+    tokenizer: &Tokenizer,
+    template: Option<&SharedTemplate>,
+) -> Result<Vec<u32>> {
+    match &plan.prompt {
+        PromptPlan::Text(text) => encode_text(tokenizer, text),
         PromptPlan::Messages { system, user } => {
-            let mut messages = render_prompt(template, user)?;
-            if let Some(system) = system {
-                messages.insert(0, message(Role::System, system));
-            }
-            messages
+            encode_prompt(tokenizer, &messages::prompt(template, system.as_deref(), user)?)
         }
-    };
-    encode_prompt(tokenizer, &messages)
-}
-
-fn render_prompt(template: &dyn OpenTemplate, user: &str) -> Result<Vec<Message>> {
-    let mut renderer = template.open()?;
-    renderer.configure(&["input".to_owned(), "output".to_owned()])?;
-    let row = Row { id: 0, cells: vec![Some(user.to_owned()), None] };
-    match renderer.render(&[row])?.pop() {
-        Some(Outcome::Keep(messages)) => Ok(messages),
-        Some(Outcome::Skip(why) | Outcome::Fail(why)) => {
-            Err(Error::config("the template makes no prompt of this text").cause(why))
-        }
-        None => Err(Error::run("the template returned nothing for the prompt")),
     }
 }

@@ -3,10 +3,9 @@
 use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use host::config::plan::{DatasetPlan, GeneratePlan, GuestLimits, GuestRef, Plan, TrainPlan};
-use host::data::template::{Joined, OpenTemplate, PlainTemplate};
+use host::config::plan::{DatasetPlan, GeneratePlan, GuestRef, Plan, TrainPlan};
+use host::data::template::Templates;
 use host::error::Kind;
 use host::worker::{self, StopFlag, WorkerEnv};
 use host::{Error, Result};
@@ -74,8 +73,8 @@ fn train(plan: TrainPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
     let recipe = script::Recipe::load(&plan.recipe, &plan.limits)?;
     let inputs = train::Inputs {
         env: env.clone(),
-        template: dataset_template(&plan.dataset, &plan)?,
-        template_val: plan.dataset_val.as_ref().map(|dataset| dataset_template(dataset, &plan)).transpose()?,
+        templates: templates(&plan.dataset, &plan)?,
+        templates_val: templates(&plan.dataset_val, &plan)?,
         stop: stop.clone(),
         recipe_digest: recipe.digest().to_owned(),
     };
@@ -91,22 +90,19 @@ fn train(plan: TrainPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
 
 fn generate(plan: &GeneratePlan, env: &WorkerEnv, stop: &StopFlag) -> Result<()> {
     logging("INFO", env);
-    let template = template(plan.tokenizer.prompt_template.as_ref(), &plan.limits)?;
+    let template = plan.tokenizer.prompt_template.as_ref();
+    let template = template.map(|guest| script::open_template(guest, &plan.limits)).transpose()?;
     generate::run(plan, env, template.as_ref(), stop)
 }
 
-/// A data set's own template, else the tokenizer section's.
-fn dataset_template(dataset: &DatasetPlan, plan: &TrainPlan) -> Result<Arc<dyn OpenTemplate + Send + Sync>> {
-    let own = dataset.template.as_ref();
-    let opened = template(own.map(|own| &own.guest).or(plan.tokenizer.prompt_template.as_ref()), &plan.limits)?;
-    Ok(if own.is_some_and(|own| own.joined) { Arc::new(Joined(opened)) } else { opened })
-}
-
-fn template(guest: Option<&GuestRef>, limits: &GuestLimits) -> Result<Arc<dyn OpenTemplate + Send + Sync>> {
-    match guest {
-        Some(guest) => script::open_template(guest, limits),
-        None => Ok(Arc::new(PlainTemplate)),
-    }
+/// The templates of each data set: its own, and the tokenizer section's.
+fn templates(datasets: &[DatasetPlan], plan: &TrainPlan) -> Result<Vec<Templates>> {
+    let open = |guest: &GuestRef| script::open_template(guest, &plan.limits);
+    let of = |dataset: &DatasetPlan| {
+        let own = dataset.rows.template().map(|own| open(&own.guest)).transpose()?;
+        Ok(Templates { own, prompt: plan.tokenizer.prompt_template.as_ref().map(open).transpose()? })
+    };
+    datasets.iter().map(of).collect()
 }
 
 /// Logs go to stderr; the launcher labels the lines of ranks other than 0.

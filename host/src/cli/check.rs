@@ -7,10 +7,10 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::config::plan::{DatasetPlan, GuestRef, MessageFormat, ModelPlan, Plan, TokenizerPlan, TrainPlan};
+use crate::config::plan::{DatasetPlan, GuestRef, MessageFormat, ModelPlan, Plan, RowsPlan, TokenizerPlan, TrainPlan};
 use crate::config::registry::{self, Role};
 use crate::config::{Config, Notice};
-use crate::data::source::SourceFile;
+use crate::data::source::{SourceFile, Wanted};
 use crate::data::split;
 use crate::error::{Error, Result};
 use crate::hf::{ModelConfig, WeightIndex};
@@ -57,9 +57,10 @@ impl Findings<'_> {
         }
         self.model(&plan.model);
         self.tokenizer(&plan.tokenizer, &plan.model.checkpoint_dir);
-        self.dataset("dataset", &plan.dataset);
-        if let Some(dataset) = &plan.dataset_val {
-            self.dataset("dataset_val", dataset);
+        for (key, datasets) in [("dataset", &plan.dataset), ("dataset_val", &plan.dataset_val)] {
+            for (section, dataset) in self.config.sections(key).zip(datasets) {
+                self.dataset(&section, dataset);
+            }
         }
         if let Some(folder) = &plan.checkpoint.resume_from
             && !folder.is_dir()
@@ -149,7 +150,12 @@ impl Findings<'_> {
             Ok(slices) => slices,
             Err(error) => return self.add(&format!("{section}.split"), error),
         };
-        let needed: Vec<String> = dataset.column_map.iter().map(|(_, column)| column.clone()).collect();
+        let needed = Wanted::of(&dataset.rows);
+        let column_key = match dataset.rows {
+            RowsPlan::Columns { .. } => "column_map",
+            RowsPlan::Chat { .. } => "conversation_column",
+            RowsPlan::Text { .. } => "column",
+        };
         let has_files = self.config.has(&format!("{section}.data_files"));
         let key = format!("{section}.{}", if has_files { "data_files" } else { "source" });
         // A split that is not asked for need not even be readable.
@@ -176,7 +182,7 @@ impl Findings<'_> {
                     // What one file lacks the others will lack too.
                     Ok(head) => {
                         if let Err(error) = head.require(&needed) {
-                            return self.add(&format!("{section}.column_map"), error);
+                            return self.add(&format!("{section}.{column_key}"), error);
                         }
                     }
                 },

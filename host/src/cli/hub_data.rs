@@ -9,8 +9,10 @@ use crate::hub::{Hub, dataset};
 /// config gets the commit they are of, so that a run from a checkpoint's own config sees the same rows.
 pub fn settle(plan: &mut Plan, config: &Config, may_fetch: bool) -> Result<Vec<Notice>> {
     let Plan::Train(plan) = plan else { return Ok(vec![]) };
-    let sections: Vec<(&str, &mut DatasetPlan)> = std::iter::once(("dataset", &mut plan.dataset))
-        .chain(plan.dataset_val.as_mut().map(|dataset| ("dataset_val", dataset)))
+    let sections: Vec<(String, &mut DatasetPlan)> = config
+        .sections("dataset")
+        .zip(&mut plan.dataset)
+        .chain(config.sections("dataset_val").zip(&mut plan.dataset_val))
         .filter(|(_, dataset)| dataset.hub.is_some())
         .collect();
     if sections.is_empty() {
@@ -32,7 +34,13 @@ pub fn settle(plan: &mut Plan, config: &Config, may_fetch: bool) -> Result<Vec<N
             }
         }
         if let Some(pinned) = dataset.hub.as_ref().and_then(|hub| hub.pinned.as_ref()) {
-            resolved[section]["revision"] = pinned.commit.as_str().into();
+            let place = section.split('.').try_fold(&mut resolved, |value, name| match name.parse::<usize>() {
+                Ok(index) => value.get_mut(index),
+                Err(_) => value.get_mut(name),
+            });
+            if let Some(place) = place {
+                place["revision"] = pinned.commit.as_str().into();
+            }
         }
     }
     plan.resolved_yaml =

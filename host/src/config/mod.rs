@@ -17,7 +17,7 @@ mod yaml;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Location, Result};
-use yaml::{Mark, Node};
+use yaml::{Mark, Node, Tree};
 
 /// A config longer than this is something else: torchtune's are 4 KB.
 const MAX_BYTES: u64 = 1 << 20;
@@ -90,6 +90,15 @@ impl Config {
     /// Says whether a dotted key is written in the config.
     pub fn has(&self, path: &str) -> bool {
         self.root.at(path).is_some()
+    }
+
+    /// The dotted paths of the components of a key that may hold one or a list of them.
+    pub fn sections(&self, key: &'static str) -> impl Iterator<Item = String> {
+        let (count, is_list) = match self.root.at(key) {
+            Some(Node { tree: Tree::List(items), .. }) => (items.len(), true),
+            _ => (1, false),
+        };
+        (0..count).map(move |index| if is_list { format!("{key}.{index}") } else { key.to_owned() })
     }
 
     /// Returns where a dotted key is written, or the nearest section that would hold it.

@@ -29,8 +29,10 @@ pub struct TrainPlan {
 
     pub model: ModelPlan,
     pub tokenizer: TokenizerPlan,
-    pub dataset: DatasetPlan,
-    pub dataset_val: Option<DatasetPlan>,
+    /// Data sets, the rows of one after those of the other.
+    pub dataset: Vec<DatasetPlan>,
+    /// Likewise, to measure on; none where there is none.
+    pub dataset_val: Vec<DatasetPlan>,
     /// Validate every this many steps (besides before the first and after the last).
     pub run_val_every_n_steps: Option<usize>,
 
@@ -130,11 +132,14 @@ pub struct TokenizerPlan {
     pub format: MessageFormat,
     pub max_seq_len: Option<usize>,
     pub truncation: Truncation,
-    /// A guest that makes messages of rows.
+    /// A guest that makes messages of rows, or other messages of messages.
     pub prompt_template: Option<GuestRef>,
-    /// Texts around every message, whoever made it.
+    /// Texts before and after the messages of a role, whoever made them.
     pub turn_texts: TurnTexts,
 }
+
+/// The texts before and after the messages of a role.
+pub type TurnTexts = Vec<(Role, [String; 2])>;
 
 impl TokenizerPlan {
     /// A tokenizer for texts without a message format.
@@ -149,7 +154,7 @@ impl TokenizerPlan {
             max_seq_len: None,
             truncation: Truncation::Right,
             prompt_template: None,
-            turn_texts: TurnTexts::None,
+            turn_texts: vec![],
         }
     }
 }
@@ -185,19 +190,6 @@ pub enum Truncation {
     Left,
 }
 
-/// torchtune's `prompt_template` where it is texts and no code.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TurnTexts {
-    None,
-    /// Before and after the messages of a role.
-    Roles(Vec<(Role, [String; 2])>),
-    /// `[INST]` around a question, the system's message inside the first one.
-    Llama2Chat,
-    /// Likewise, without a system's message.
-    MistralChat,
-}
-
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DatasetPlan {
     /// Files to read, in order, by the name of the split they are (`train`, `validation`, `test`). A data set of the hub
@@ -208,14 +200,67 @@ pub struct DatasetPlan {
     pub hub: Option<HubDataPlan>,
     /// Split expression, parity §5.7: `train[:2000]`.
     pub split: String,
-    /// Expected name (`input`, `output`) to column in the data.
-    pub column_map: Vec<(String, String)>,
-    /// The data set's own template, instead of the tokenizer section's.
-    pub template: Option<TemplatePlan>,
+    pub rows: RowsPlan,
+    /// Takes the place of every system message.
+    pub new_system_prompt: Option<String>,
     pub train_on_input: bool,
     pub on_bad_row: OnBadRow,
+    pub packing: Option<PackingPlan>,
     /// Where the tokenised rows are cached.
     pub cache_dir: PathBuf,
+}
+
+/// What a row is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RowsPlan {
+    /// Columns of text. Without a template `input` is the user's and `output` the assistant's.
+    Columns {
+        columns: Vec<ColumnPlan>,
+        /// The data set's own template; the tokenizer section's follows it.
+        template: Option<TemplatePlan>,
+    },
+    /// A conversation, which one column holds.
+    Chat { column: String, style: ChatStyle, template: Option<TemplatePlan> },
+    /// A text to be continued, without messages.
+    Text { column: String, add_eos: bool },
+}
+
+impl RowsPlan {
+    pub fn template(&self) -> Option<&TemplatePlan> {
+        match self {
+            Self::Columns { template, .. } | Self::Chat { template, .. } => template.as_ref(),
+            Self::Text { .. } => None,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColumnPlan {
+    /// What templates know it by: `input`, `output`.
+    pub name: String,
+    /// What the data calls it.
+    pub column: String,
+    /// Not every row has a value, and no row need have one.
+    pub optional: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChatStyle {
+    /// `[{"from": "human", "value": "…"}, …]`
+    ShareGpt,
+    /// `[{"role": "user", "content": "…"}, …]`
+    OpenAi,
+}
+
+/// Samples laid end to end into packs; a pack is then what a batch counts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackingPlan {
+    /// Tokens of a pack, at most.
+    pub max_seq_len: usize,
+    /// A sample that does not fit fills the pack, and its rest begins the next.
+    pub split_across_pack: bool,
 }
 
 /// A data set of the hub, as the config asks for it.

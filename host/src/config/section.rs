@@ -118,21 +118,32 @@ impl<'a> Section<'a> {
     }
 
     pub fn optional_component(&self, name: &str) -> Found<Option<Section<'a>>> {
-        let Some(node) = self.node(name)? else {
-            return Ok(None);
-        };
+        self.node(name)?.map(|node| self.component_at(name, node, self.path(name))).transpose()
+    }
+
+    /// The components of a key that may hold one or a list of them; none where it holds none.
+    pub fn components(&self, name: &str) -> Vec<Found<Section<'a>>> {
+        match self.node(name) {
+            Ok(None) => vec![],
+            Ok(Some(Node { tree: Tree::List(items), .. })) => {
+                let item = |(index, node): (usize, &'a Node)| {
+                    self.component_at(name, node, join(&self.path(name), &index.to_string()))
+                };
+                items.iter().enumerate().map(item).collect()
+            }
+            Ok(Some(node)) => vec![self.component_at(name, node, self.path(name))],
+            Err(reported) => vec![Err(reported)],
+        }
+    }
+
+    fn component_at(&self, name: &str, node: &'a Node, path: String) -> Found<Section<'a>> {
         let component = node
             .entry("_component_")
             .and_then(|entry| registry::component(entry.value.as_str()?))
             .filter(|component| component.refused.is_none() && has_role(self.key(name), component))
             .ok_or(Reported)?;
-        Ok(Some(Section {
-            reader: self.reader,
-            node: Some(node),
-            path: self.path(name),
-            name: component.name,
-            groups: Groups::Many(component.keys),
-        }))
+        let groups = Groups::Many(component.keys);
+        Ok(Section { reader: self.reader, node: Some(node), path, name: component.name, groups })
     }
 
     pub fn section(&self, name: &'static str, keys: &'static [Key]) -> Found<Section<'a>> {
@@ -147,7 +158,7 @@ impl<'a> Section<'a> {
 }
 
 fn has_role(key: &Key, component: &Component) -> bool {
-    matches!(key.ty, Type::Component(role) if role == component.role)
+    matches!(key.ty, Type::Component(role) | Type::Components(role) if role == component.role)
 }
 
 /// What a scalar or a list of scalars can be read as.

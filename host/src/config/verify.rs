@@ -49,7 +49,9 @@ impl Verifier<'_> {
             if key.default.is_none() && node.entry(key.name).is_none() {
                 let name = join(path, key.name);
                 let example = match key.ty {
-                    Type::Component(role) => format!("`{name}: {{_component_: {}}}`", example(role)),
+                    Type::Component(role) | Type::Components(role) => {
+                        format!("`{name}: {{_component_: {}}}`", example(role))
+                    }
                     ty => format!("`{name}` is {}", ty.expected()),
                 };
                 let error = self.config.error(node.mark, format!("the key `{name}` is missing"));
@@ -116,6 +118,20 @@ impl Verifier<'_> {
     fn value(&mut self, node: &Node, key: &'static Key, path: &str) -> bool {
         match key.ty {
             Type::Component(role) => return self.component(node, role, path),
+            Type::Components(role) => {
+                let Tree::List(items) = &node.tree else { return self.component(node, role, path) };
+                if items.is_empty() {
+                    let error = self.config.error(node.mark, format!("`{path}` is an empty list"));
+                    self.fail(error.hint(format!("give at least one {}", role.noun())));
+                    return false;
+                }
+                // Every one is looked at.
+                let each = items.iter().enumerate().map(|(index, item)| match item.tree {
+                    Tree::Broken => false,
+                    _ => self.component(item, role, &join(path, &index.to_string())),
+                });
+                return each.fold(true, |all, one| all & one);
+            }
             Type::Section(keys) if node.is_map() => {
                 self.section(node, &[keys], path, false);
                 return true;
@@ -153,14 +169,6 @@ impl Verifier<'_> {
     fn component(&mut self, node: &Node, role: Role, path: &str) -> bool {
         let noun = role.noun();
         let example = example(role);
-        if matches!(node.tree, Tree::List(_)) && role == Role::Dataset {
-            self.fail(
-                self.config
-                    .error(node.mark, format!("`{path}` is a list: several data sets are not mixed yet"))
-                    .hint("give one data set; its `data_files` may be a list"),
-            );
-            return false;
-        }
         if !node.is_map() {
             let error =
                 self.config.error(node.mark, format!("`{path}` must be a section of keys, found {}", node.describe()));
@@ -260,6 +268,6 @@ fn fits(node: &Node, ty: &Type) -> bool {
         Type::Text => scalar.as_str().is_some_and(|text| !text.is_empty()),
         Type::OneOf(names) => scalar.as_str().is_some_and(|text| names.contains(&text)),
         Type::Any => true,
-        Type::Texts | Type::TextsOf(_) | Type::Section(_) | Type::Component(_) => false,
+        Type::Texts | Type::TextsOf(_) | Type::Section(_) | Type::Component(_) | Type::Components(_) => false,
     }
 }

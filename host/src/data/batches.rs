@@ -1,8 +1,8 @@
-//! How the samples of an optimizer step become micro-batches on each rank. No tensor, no loss.
+//! How the elements of an optimizer step (samples, or packs of them) become micro-batches on each rank. No tensor, no loss.
 //!
-//! Which samples form a step is decided before, by the order and `batch_size × accumulation × ranks`; the layout decides
-//! how they are computed, never which they are. `padded` is torchtune's: rank r takes every `world_size`-th sample and pads
-//! each micro-batch to its longest. `varlen` spreads the samples over ranks by their tokens, then packs them into
+//! Which elements form a step is decided before, by the order and `batch_size × accumulation × ranks`; the layout decides
+//! how they are computed, never which they are. `padded` is torchtune's: rank r takes every `world_size`-th element and pads
+//! each micro-batch to its longest. `varlen` spreads the elements over ranks by their tokens, then packs them into
 //! micro-batches under a token budget, as documents whose positions restart. Ranks may have different numbers of
 //! micro-batches; that is fine because nothing is communicated before the last.
 
@@ -10,71 +10,70 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use crate::config::plan::Layout;
-use crate::data::samples::{Samples, Tokenized};
+use crate::data::samples::Tokenized;
 
 /// What one forward takes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MicroBatch {
     /// Documents one after the other, `[T]`.
     pub tokens: Vec<i64>,
-    /// Restart at 0 in each document, `[T]`.
+    /// Of each token in its sample: from 0, but where a pack begins in the middle of one, `[T]`.
     pub positions: Vec<i64>,
-    /// Document d is `cu_seqlens[d]..cu_seqlens[d + 1]`; equally long documents under `padded`.
+    /// Document d is `cu_seqlens[d]..cu_seqlens[d + 1]`; under `padded` the last of an element is filled up.
     pub cu_seqlens: Vec<i64>,
-    /// Where in `tokens` the next token of the same document is a label, ascending, `[L]`.
+    /// Where in `tokens` the next token of the same sample is a label, ascending, `[L]`.
     pub label_positions: Vec<i64>,
     /// That next token, `[L]`.
     pub labels: Vec<i64>,
-    /// The row in the data set of each document.
+    /// The sample that each document is, or is a piece of.
     pub sample_ids: Vec<u32>,
     pub num_real_tokens: usize,
     /// `tokens.len()`: what the model computes.
     pub num_padded_tokens: usize,
 }
 
-/// How samples are laid out; which they are is decided before.
+/// How elements are laid out; which they are is decided before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchLayout {
     pub layout: Layout,
-    /// `padded`: samples of one micro-batch.
+    /// `padded`: elements of one micro-batch.
     pub batch_size: usize,
-    /// `varlen`: most tokens of one micro-batch; a longer sample goes alone.
+    /// `varlen`: most tokens of one micro-batch; a longer element goes alone.
     pub tokens_per_microbatch: usize,
     /// What `padded` fills up with.
     pub pad: i64,
 }
 
-/// The micro-batches of `rank` for `rows`: the samples of one optimizer step, or all of a validation set. Over all ranks
-/// each row comes once. With fewer rows than ranks a rank may get none.
+/// The micro-batches of `rank` for `elements`: those of one optimizer step, or all of a validation set. Over all ranks each
+/// comes once. With fewer elements than ranks a rank may get none.
 pub fn microbatches(
     data: &Tokenized,
-    rows: &[u32],
+    elements: &[u32],
     layout: &BatchLayout,
     rank: usize,
     world_size: usize,
 ) -> Vec<MicroBatch> {
-    let samples = &data.samples;
     let groups: Vec<Vec<u32>> = match layout.layout {
         Layout::Padded => {
-            let mine: Vec<u32> = rows.iter().skip(rank).step_by(world_size).copied().collect();
+            let mine: Vec<u32> = elements.iter().skip(rank).step_by(world_size).copied().collect();
             mine.chunks(layout.batch_size).map(<[u32]>::to_vec).collect()
         }
         Layout::Varlen => {
-            let mine = balance(samples, rows, world_size).swap_remove(rank);
-            pack(samples, &mine, layout.tokens_per_microbatch)
+            let mine = balance(data, elements, world_size).swap_remove(rank);
+            pack(data, &mine, layout.tokens_per_microbatch)
         }
     };
     let pad_to = |group: &[u32]| match layout.layout {
-        Layout::Padded => group.iter().map(|&row| samples.length(row as usize)).max().unwrap_or(0),
+        Layout::Padded => group.iter().map(|&element| data.length(element as usize)).max().unwrap_or(0),
         Layout::Varlen => 0,
     };
-    groups.iter().map(|group| MicroBatch::new(samples, group, pad_to(group), layout.pad)).collect()
+    groups.iter().map(|group| MicroBatch::new(data, group, pad_to(group), layout.pad)).collect()
 }
 
 /// Spreads `rows` over `bins` by tokens: the longest first, each to the bin with the fewest so far; ties go to the row
 /// that comes first and to the lowest bin. Every bin gets a row when there are enough. Rows keep their order in a bin.
-fn balance(samples: &Samples, rows: &[u32], bins: usize) -> Vec<Vec<u32>> {
-    let length = |place: usize| samples.length(rows[place] as usize);
+fn balance(data: &Tokenized, rows: &[u32], bins: usize) -> Vec<Vec<u32>> {
+    let length = |place: usize| data.length(rows[place] as usize);
     let mut places: Vec<usize> = (0..rows.len()).collect();
     places.sort_by_key(|&place| (Reverse(length(place)), place));
     // Counting rows after tokens makes an empty bin lighter than any other, even if samples had no tokens.
@@ -93,8 +92,8 @@ fn balance(samples: &Samples, rows: &[u32], bins: usize) -> Vec<Vec<u32>> {
 }
 
 /// Packs `rows` into as few micro-batches of at most `budget` tokens as balancing finds; a longer sample goes alone.
-fn pack(samples: &Samples, rows: &[u32], budget: usize) -> Vec<Vec<u32>> {
-    let length = |row: u32| samples.length(row as usize);
+fn pack(data: &Tokenized, rows: &[u32], budget: usize) -> Vec<Vec<u32>> {
+    let length = |row: u32| data.length(row as usize);
     let total = |group: &[u32]| group.iter().map(|&row| length(row)).sum::<usize>();
     let (alone, rest): (Vec<u32>, Vec<u32>) = rows.iter().partition(|&&row| length(row) >= budget);
     let mut groups: Vec<Vec<u32>> = alone.into_iter().map(|row| vec![row]).collect();
@@ -102,31 +101,39 @@ fn pack(samples: &Samples, rows: &[u32], budget: usize) -> Vec<Vec<u32>> {
         // One row a bin always fits, so this ends.
         let fewest = total(&rest).div_ceil(budget.max(1)).max(1);
         let fits = |bins: &Vec<Vec<u32>>| bins.iter().all(|group| total(group) <= budget);
-        groups.extend((fewest..=rest.len()).map(|bins| balance(samples, &rest, bins)).find(fits).unwrap_or_default());
+        groups.extend((fewest..=rest.len()).map(|bins| balance(data, &rest, bins)).find(fits).unwrap_or_default());
     }
     groups
 }
 
 impl MicroBatch {
-    /// Lays out `rows` as documents, each filled up with `pad` to `pad_to` tokens.
-    fn new(samples: &Samples, rows: &[u32], pad_to: usize, pad: i64) -> Self {
-        let mut batch = Self { cu_seqlens: vec![0], sample_ids: rows.to_vec(), ..Self::default() };
-        for &row in rows {
-            let sample = samples.get(row as usize);
-            let start = batch.tokens.len() as i64;
-            batch.tokens.extend(sample.tokens.iter().map(|&token| i64::from(token)));
-            batch.num_real_tokens += sample.tokens.len();
-            // Nothing comes before the first token, so it is never a label.
-            for (i, (&token, _)) in
-                sample.tokens.iter().zip(sample.trained).enumerate().skip(1).filter(|(_, (_, t))| **t)
-            {
-                batch.label_positions.push(start + i as i64 - 1);
-                batch.labels.push(i64::from(token));
+    /// Lays out `elements` as documents, the last of each filled up with `pad` to `pad_to` tokens in all.
+    fn new(data: &Tokenized, elements: &[u32], pad_to: usize, pad: i64) -> Self {
+        let mut batch = Self { cu_seqlens: vec![0], ..Self::default() };
+        for &element in elements {
+            let begin = batch.tokens.len();
+            let pieces = data.element(element as usize);
+            for (index, piece) in pieces.iter().enumerate() {
+                let sample = data.get(piece.sample as usize);
+                let first = batch.tokens.len() as i64;
+                let part = piece.start as usize..piece.end as usize;
+                batch.tokens.extend(sample.tokens[part.clone()].iter().map(|&token| i64::from(token)));
+                batch.num_real_tokens += part.len();
+                // Nothing comes before the first token of a sample, so it is never a label.
+                for (position, next) in (first..).zip(part.start + 1..(part.end + 1).min(sample.tokens.len())) {
+                    if sample.trained[next] {
+                        batch.label_positions.push(position);
+                        batch.labels.push(i64::from(sample.tokens[next]));
+                    }
+                }
+                let is_last = index + 1 == pieces.len();
+                let end = if is_last { batch.tokens.len().max(begin + pad_to) } else { batch.tokens.len() };
+                batch.tokens.resize(end, pad);
+                let start = part.start as i64;
+                batch.positions.extend(start..start + end as i64 - first);
+                batch.cu_seqlens.push(end as i64);
+                batch.sample_ids.push(piece.sample);
             }
-            let end = batch.tokens.len().max(start as usize + pad_to);
-            batch.tokens.resize(end, pad);
-            batch.positions.extend(0..end as i64 - start);
-            batch.cu_seqlens.push(end as i64);
         }
         batch.num_padded_tokens = batch.tokens.len();
         batch
@@ -287,7 +294,7 @@ mod tests {
         fn ranks_are_balanced(lengths in prop::collection::vec(1usize..500, 8..64), bins in 1usize..8) {
             let data = data(&lengths);
             let rows: Vec<u32> = (0..lengths.len() as u32).collect();
-            let loads: Vec<usize> = balance(&data.samples, &rows, bins)
+            let loads: Vec<usize> = balance(&data, &rows, bins)
                 .iter()
                 .map(|bin| bin.iter().map(|&row| lengths[row as usize]).sum())
                 .collect();

@@ -4,13 +4,13 @@
 //! loss, user and tool messages too under `train_on_input`, system messages never; a message's own `train` wins. What a
 //! format writes around a message (header, end of turn) carries loss when the message does. Each format of
 //! [`Format`] is torchtune's of that name, token for token, but for what its users reported as wrong: EOS of the Qwen
-//! formats is trained also where `max_seq_len` is set, and Llama 2's system message goes into the first turn alone.
+//! formats is trained also where `max_seq_len` is set.
 //!
 //! Too long a sample keeps its first `max_seq_len` tokens, the last of them replaced by EOS, which carries loss only where
 //! the token it replaces did (never under Llama 3, whose EOS has none). That teaches an answer to end where it was cut,
 //! which a reader may question; it is what torchtune does, and the recorded losses have it.
 
-use crate::config::plan::{Truncation, TurnTexts};
+use crate::config::plan::Truncation;
 use crate::data::template::{Message, Role};
 use crate::error::{Error, Result};
 use crate::tokenizer::{ChatMessage, ChatTemplate, Format, Tokenizer, is_blank};
@@ -31,11 +31,23 @@ pub struct Encoded {
 }
 
 impl Encoder<'_> {
+    /// A training sample of a text without messages, after BOS. It is cut one token short of the limit and gets no EOS then;
+    /// every token is learned. So does torchtune.
+    pub fn text(&self, text: &str, add_eos: bool) -> Result<Encoded, String> {
+        let mut tokens = encode_text(self.tokenizer, text).map_err(|error| one_line(&error))?;
+        tokens.extend(add_eos.then(|| self.tokenizer.eos()));
+        let was_cut = self.max_seq_len.is_some_and(|limit| tokens.len() >= limit);
+        if let Some(limit) = self.max_seq_len {
+            tokens.truncate(limit - 1);
+        }
+        Ok(Encoded { trained: vec![true; tokens.len()], tokens, was_cut })
+    }
+
     /// A training sample, or why the row is bad.
     pub fn sample(&self, messages: &[Message]) -> Result<Encoded, String> {
         let tokenizer = self.tokenizer;
         let limit = self.max_seq_len.unwrap_or(usize::MAX);
-        let turns = turns(tokenizer.turn_texts(), messages, |message| self.is_trained(message))?;
+        let turns = turns(tokenizer.turn_texts(), messages, |message| self.is_trained(message));
         let Some(last) = turns.last() else {
             return Err("the template made no message of it".to_owned());
         };
@@ -83,32 +95,24 @@ impl Encoder<'_> {
     }
 }
 
-/// What a model is given to continue: the tokens of a sample up to its last answer, the answer's header included.
+/// What a model is given to continue: the tokens of a sample up to its last answer, the answer's header included. An answer
+/// that a template has begun is part of it.
 pub fn encode_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
     let failed = |why: String| Error::config("the prompt does not fit the tokenizer's message format").cause(why);
-    let asked = match messages {
-        [asked @ .., answer] if answer.role == Role::Assistant => asked,
-        all => all,
+    let (asked, begun) = match messages {
+        [asked @ .., answer] if answer.role == Role::Assistant => (asked, &answer.parts[..]),
+        all => (all, &[][..]),
     };
-    let mut turns = turns(tokenizer.turn_texts(), asked, |_| false).map_err(failed)?;
-    let before_answer = match tokenizer.turn_texts() {
-        TurnTexts::Roles(texts) => {
-            texts.iter().find(|(role, _)| *role == Role::Assistant).map(|(_, [before, _])| before)
-        }
-        _ => None,
-    };
-    let before_answer = before_answer.map_or("", String::as_str);
+    let mut turns = turns(tokenizer.turn_texts(), asked, |_| false);
+    let texts = tokenizer.turn_texts().iter().find(|(role, _)| *role == Role::Assistant);
+    let before_answer = texts.map(|(_, [before, _])| before.as_str()).into_iter();
+    let begun: Vec<&str> =
+        before_answer.chain(begun.iter().map(String::as_str)).filter(|part| !part.is_empty()).collect();
     if let Format::ChatTemplate(template) = tokenizer.format() {
         let text = template.render(&chat(&turns), true).map_err(failed)?;
-        return tokenizer.encode(&(text + before_answer));
+        return tokenizer.encode(&(text + &begun.concat()));
     }
-    turns.push(Turn {
-        role: Role::Assistant,
-        parts: vec![before_answer],
-        is_trained: false,
-        calls_tool: false,
-        is_open: true,
-    });
+    turns.push(Turn { role: Role::Assistant, parts: begun, is_trained: false, calls_tool: false, is_open: true });
     let mut writer = Writer { tokenizer, enough: usize::MAX, encoded: Encoded::default() };
     writer.conversation(&turns).map_err(failed)?;
     Ok(writer.encoded.tokens)
@@ -116,7 +120,7 @@ pub fn encode_prompt(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<
 
 /// A bare text to continue, after BOS: no message, no header.
 pub fn encode_text(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
+    let mut tokens: Vec<u32> = tokenizer.text_bos().into_iter().collect();
     tokens.extend(tokenizer.encode(text)?);
     Ok(tokens)
 }
@@ -133,41 +137,23 @@ struct Turn<'m> {
 }
 
 fn turns<'m>(
-    texts: &'m TurnTexts,
+    texts: &'m [(Role, [String; 2])],
     messages: &'m [Message],
     is_trained: impl Fn(&Message) -> bool,
-) -> Result<Vec<Turn<'m>>, String> {
-    let mut turns = vec![];
-    // Llama 2's system message, on its way into the first question.
-    let mut system: Vec<&str> = vec![];
-    for (index, message) in messages.iter().enumerate() {
+) -> Vec<Turn<'m>> {
+    let turn = |(index, message): (usize, &'m Message)| {
         let mut parts: Vec<&str> = message.parts.iter().map(String::as_str).collect();
-        match (texts, message.role) {
-            (TurnTexts::Roles(texts), role) => {
-                if let Some((_, [before, after])) = texts.iter().find(|(of, _)| *of == role) {
-                    parts.insert(0, before);
-                    parts.push(after);
-                    parts.retain(|part| !part.is_empty());
-                }
-            }
-            (TurnTexts::Llama2Chat, Role::System) => {
-                system = [vec!["<<SYS>>\n"], parts, vec!["\n<</SYS>>\n\n"]].concat();
-                continue;
-            }
-            (TurnTexts::MistralChat, Role::System) => {
-                return Err("Mistral's format has no system message; put its text into the user's".to_owned());
-            }
-            (TurnTexts::Llama2Chat | TurnTexts::MistralChat, Role::User) => {
-                parts = [vec!["[INST] "], std::mem::take(&mut system), parts, vec![" [/INST] "]].concat();
-            }
-            _ => {}
-        }
         let role = message.role;
+        if let Some((_, [before, after])) = texts.iter().find(|(of, _)| *of == role) {
+            parts.insert(0, before);
+            parts.push(after);
+            parts.retain(|part| !part.is_empty());
+        }
         let answers = messages.get(index + 1).is_some_and(|next| next.role == Role::Tool);
         let calls_tool = role == Role::Assistant && answers;
-        turns.push(Turn { role, parts, is_trained: is_trained(message), calls_tool, is_open: false });
-    }
-    if system.is_empty() { Ok(turns) } else { Err("no user's message follows the system message".to_owned()) }
+        Turn { role, parts, is_trained: is_trained(message), calls_tool, is_open: false }
+    };
+    messages.iter().enumerate().map(turn).collect()
 }
 
 fn chat(turns: &[Turn]) -> Vec<ChatMessage> {

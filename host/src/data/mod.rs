@@ -1,12 +1,13 @@
 //! Rows to tokens: sources, splits, templates, tokenisation, order and layout. No tensor.
 //!
-//! [`prepare`] turns a data set of the plan into [`Tokenized`] samples; [`Order`] says in which order an epoch visits
+//! [`prepare`] turns the data sets of the plan into [`Tokenized`] samples; [`Order`] says in which order an epoch visits
 //! them; [`microbatches`] lays the samples of one optimizer step out for a rank. [`encode_prompt`] shares its rules with
 //! training, so that generation asks as training did.
 
 pub mod batches;
 pub mod cache;
 pub mod encode;
+pub mod messages;
 pub mod order;
 pub mod samples;
 pub mod source;
@@ -20,5 +21,5 @@ mod tests;
 pub use batches::{BatchLayout, MicroBatch, microbatches};
 pub use encode::{Encoder, encode_prompt, encode_text};
 pub use order::Order;
-pub use samples::{IGNORE_INDEX, Report, Sample, SampleRef, Tokenized};
+pub use samples::{IGNORE_INDEX, Piece, Report, Sample, SampleRef, Tokenized};
 pub use tokenize::prepare;

@@ -2,13 +2,21 @@
 //!
 //! Labels are not stored: a token that carries loss is its own label, unshifted. Shifting belongs to
 //! [`super::batches`], where the ends of documents are known.
+//!
+//! What a batch counts, an *element*, is a sample, or a pack of pieces of samples ([`Packs`]). A piece may end in the middle of
+//! its sample; its last token still has the next one for a label, as torchtune's does, which shifts before it packs.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::plan::PackingPlan;
+
 /// The label value of a token without loss, as PyTorch's cross-entropy has it.
 pub const IGNORE_INDEX: i64 = -100;
+
+/// How many bad rows are kept for the report.
+pub(super) const SHOWN_BAD_ROWS: usize = 5;
 
 /// One sample on its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +60,18 @@ pub struct Report {
     pub without_labels: u64,
 }
 
+impl Report {
+    pub(super) fn add(&mut self, other: &Report) {
+        let Report { bad_rows, first_bad_rows, left_out, cut, without_labels } = other;
+        self.bad_rows += bad_rows;
+        self.left_out += left_out;
+        self.cut += cut;
+        self.without_labels += without_labels;
+        let room = SHOWN_BAD_ROWS - self.first_bad_rows.len();
+        self.first_bad_rows.extend(first_bad_rows.iter().take(room).cloned());
+    }
+}
+
 /// What is worth telling a person, in one line; empty when every row became a whole sample.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -72,19 +92,78 @@ impl fmt::Display for Report {
     }
 }
 
-/// A data set ready for training: its samples, numbered from 0 in the order of its rows.
+/// A data set ready for training: its samples in the order of its rows, and what a batch counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tokenized {
     pub(super) samples: Samples,
+    /// `None`: an element is a sample.
+    packs: Option<Packs>,
     pub report: Report,
     pub from_cache: bool,
-    pub(super) digest: String,
+    digest: String,
+}
+
+/// A part of a sample, from `start` up to `end` among its tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    pub sample: u32,
+    pub start: u32,
+    pub end: u32,
+}
+
+/// Pieces laid end to end.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Packs {
+    pieces: Vec<Piece>,
+    /// Pack `i` is `ends[i - 1]..ends[i]` of the pieces.
+    ends: Vec<u32>,
+}
+
+impl Packs {
+    /// torchtune's packing: samples in their order, each into the pack at hand while there is room. One that does not fit
+    /// begins the next pack, or with `split` fills this one and goes on in the next.
+    fn new(samples: &Samples, plan: &PackingPlan) -> Self {
+        let room = plan.max_seq_len as u32;
+        let mut packs = Self::default();
+        let mut filled = 0;
+        for sample in 0..samples.len() as u32 {
+            let length = samples.length(sample as usize) as u32;
+            let mut start = 0;
+            if !plan.split_across_pack && filled > 0 && filled + length > room {
+                packs.close();
+                filled = 0;
+            }
+            while start < length {
+                if filled == room {
+                    packs.close();
+                    filled = 0;
+                }
+                let end = if plan.split_across_pack { length.min(start + room - filled) } else { length };
+                packs.pieces.push(Piece { sample, start, end });
+                filled += end - start;
+                start = end;
+            }
+        }
+        if filled > 0 {
+            packs.close();
+        }
+        packs
+    }
+
+    fn close(&mut self) {
+        self.ends.push(self.pieces.len() as u32);
+    }
+
+    fn pack(&self, index: usize) -> &[Piece] {
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        &self.pieces[start as usize..self.ends[index] as usize]
+    }
 }
 
 impl Tokenized {
     pub(super) fn new(samples: Samples, report: Report) -> Self {
         let digest = samples.digest();
-        Self { samples, report, from_cache: false, digest }
+        Self { samples, packs: None, report, from_cache: false, digest }
     }
 
     /// A data set made of samples that exist already; they are numbered anew.
@@ -99,26 +178,70 @@ impl Tokenized {
         Self::new(samples, report)
     }
 
+    /// The same samples in packs.
+    pub fn packed(self, plan: &PackingPlan) -> Self {
+        let packs = Packs::new(&self.samples, plan);
+        let digest = blake3::hash(format!("{} {plan:?}", self.digest).as_bytes()).to_hex().to_string();
+        Self { packs: Some(packs), digest, ..self }
+    }
+
+    /// Data sets, the elements of one after those of the other. All of them are packed, or none.
+    pub fn concatenated(parts: Vec<Tokenized>) -> Option<Self> {
+        let mut parts = parts.into_iter();
+        let mut whole = parts.next()?;
+        for part in parts {
+            let first_sample = whole.samples.len() as u32;
+            whole.samples.append(&part.samples);
+            if let (Some(packs), Some(more)) = (&mut whole.packs, &part.packs) {
+                let first_piece = packs.pieces.len() as u32;
+                packs
+                    .pieces
+                    .extend(more.pieces.iter().map(|piece| Piece { sample: piece.sample + first_sample, ..*piece }));
+                packs.ends.extend(more.ends.iter().map(|end| end + first_piece));
+            }
+            whole.report.add(&part.report);
+            whole.from_cache &= part.from_cache;
+            whole.digest = blake3::hash(format!("{} {}", whole.digest, part.digest).as_bytes()).to_hex().to_string();
+        }
+        Some(whole)
+    }
+
+    /// How many elements there are.
     pub fn len(&self) -> usize {
-        self.samples.len()
+        self.packs.as_ref().map_or(self.samples.len(), |packs| packs.ends.len())
     }
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    pub fn get(&self, index: usize) -> SampleRef<'_> {
-        self.samples.get(index)
+    /// The pieces of an element.
+    pub fn element(&self, index: usize) -> Vec<Piece> {
+        match &self.packs {
+            Some(packs) => packs.pack(index).to_vec(),
+            None => vec![Piece { sample: index as u32, start: 0, end: self.samples.length(index) as u32 }],
+        }
+    }
+
+    /// How many tokens element `index` has.
+    pub fn length(&self, index: usize) -> usize {
+        match &self.packs {
+            Some(packs) => packs.pack(index).iter().map(|piece| (piece.end - piece.start) as usize).sum(),
+            None => self.samples.length(index),
+        }
+    }
+
+    pub fn num_samples(&self) -> usize {
+        self.samples.len()
+    }
+
+    pub fn get(&self, sample: usize) -> SampleRef<'_> {
+        self.samples.get(sample)
     }
 
     pub fn sample(&self, index: usize) -> Sample {
         let found = self.get(index);
         Sample { id: index as u64, tokens: found.tokens.to_vec(), labels: found.labels() }
-    }
-
-    /// How many tokens sample `index` has.
-    pub fn length(&self, index: usize) -> usize {
-        self.samples.length(index)
     }
 
     /// How many tokens all samples have together.
@@ -133,7 +256,7 @@ impl Tokenized {
 
     /// Tokens of the longest sample.
     pub fn max_len(&self) -> usize {
-        (0..self.len()).map(|index| self.length(index)).max().unwrap_or(0)
+        (0..self.num_samples()).map(|sample| self.samples.length(sample)).max().unwrap_or(0)
     }
 
     /// Rows that became no sample, bad ones and those the template left out.
@@ -141,7 +264,7 @@ impl Tokenized {
         self.report.bad_rows + self.report.left_out
     }
 
-    /// Hex digest of the samples: equal exactly where the same tokens carry the same loss.
+    /// Hex digest of the elements: equal exactly where the same tokens carry the same loss, in the same packs.
     pub fn digest(&self) -> &str {
         &self.digest
     }

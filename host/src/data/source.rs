@@ -1,9 +1,9 @@
-//! Reads data files into rows of the columns that are needed, in order, as text: jsonl, json, csv, text, parquet.
+//! Reads data files into rows of the columns that are needed, in order: jsonl, json, csv, text, parquet.
 //!
 //! Knows nothing of templates or tokens. A bad row (broken JSON, a missing, null or non-text value) is a value here, not
 //! an error: who reads decides what becomes of it. A column that no row has is an error, because then the config is
-//! wrong and not the data. Numbers and booleans are taken by their text. Rows stream: no file is held in memory, but for
-//! one whose rows are a field of an object.
+//! wrong and not the data. Numbers and booleans are taken by their text, a column of conversations as it is. Rows
+//! stream: no file is held in memory, but for one whose rows are a field of an object.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -12,14 +12,15 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{Array, RecordBatch, StringArray};
-use arrow::datatypes::DataType;
+use arrow::array::{Array, AsArray, RecordBatch, StringArray};
+use arrow::datatypes::{DataType, Field};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::schema::types::SchemaDescriptor;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::config::plan::DataFormat;
+use crate::config::plan::{DataFormat, RowsPlan};
 use crate::config::suggest;
 use crate::error::{Error, Result, quoted};
 
@@ -42,7 +43,55 @@ pub struct SourceFile {
 pub struct SourceRow {
     pub place: Place,
     /// The needed columns in the order asked for, or why the row is bad.
-    pub cells: Result<Vec<String>, String>,
+    pub cells: Result<Vec<SourceCell>, String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SourceCell {
+    /// The row has none, and need not have.
+    None,
+    Text(String),
+    /// What lies in a column of conversations.
+    Nested(Value),
+}
+
+/// A column that is needed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    pub column: String,
+    want: Want,
+    /// The key of the config that names it.
+    key: &'static str,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Want {
+    Text,
+    TextOrNone,
+    Nested,
+}
+
+impl Wanted {
+    /// What the rows of a plan need, in the order of its columns.
+    pub fn of(rows: &RowsPlan) -> Vec<Self> {
+        let one = |column: &String, want, key| Self { column: column.clone(), want, key };
+        match rows {
+            RowsPlan::Columns { columns, .. } => {
+                let want = |optional| if optional { Want::TextOrNone } else { Want::Text };
+                columns.iter().map(|column| one(&column.column, want(column.optional), "`column_map`")).collect()
+            }
+            RowsPlan::Chat { column, .. } => vec![one(column, Want::Nested, "`conversation_column`, or `column_map`,")],
+            RowsPlan::Text { column, .. } => vec![one(column, Want::Text, "`column`")],
+        }
+    }
+
+    fn of_json(&self, value: Option<&Value>) -> Result<SourceCell, String> {
+        match (self.want, value) {
+            (Want::TextOrNone, None | Some(Value::Null)) => Ok(SourceCell::None),
+            (Want::Nested, Some(value)) if !value.is_null() => Ok(SourceCell::Nested(value.clone())),
+            (_, value) => json_text(value, &self.column).map(SourceCell::Text),
+        }
+    }
 }
 
 /// Where a row is, for messages.
@@ -94,21 +143,24 @@ impl SourceFile {
     }
 
     /// Checks that every one of `needed` is a column of the file.
-    pub fn require(&self, needed: &[String]) -> Result<()> {
+    pub fn require(&self, needed: &[Wanted]) -> Result<()> {
         if self.num_rows == 0 {
             return Ok(());
         }
-        let Some(missing) = needed.iter().find(|column| !self.columns.contains(column)) else { return Ok(()) };
+        let mut needed = needed.iter().filter(|wanted| wanted.want != Want::TextOrNone);
+        let Some(missing) = needed.find(|wanted| !self.columns.contains(&wanted.column)) else { return Ok(()) };
+        let (key, missing) = (missing.key, &missing.column);
         let error = Error::config(format!("the data has no column `{missing}`")).at_file(&*self.path);
         let error = match suggest::nearest(missing, self.columns.iter().map(String::as_str)) {
             Some(near) => error.hint(format!("did you mean `{near}`?")),
             None => error,
         };
-        Err(error.hint(format!("its columns are {}; `column_map` says which to take", quoted(&self.columns))))
+        Err(error.hint(format!("its columns are {}; {key} says which to take", quoted(&self.columns))))
     }
 
-    fn rows(&self, columns: &[String], range: Range<u64>) -> Result<FileRows> {
-        let columns = columns.to_vec();
+    fn rows(&self, wanted: &[Wanted], range: Range<u64>) -> Result<FileRows> {
+        // What need not be there may not be.
+        let columns = wanted.to_vec();
         if self.format != DataFormat::Parquet {
             let mut records = Records::open(&self.path, &self.format)?;
             for _ in 0..range.start {
@@ -117,7 +169,11 @@ impl SourceFile {
             return Ok(FileRows::Records { records, columns, left: range.end - range.start });
         }
         let builder = parquet_builder(&self.path, open(&self.path)?)?;
-        let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().map(String::as_str));
+        let names = columns.iter().map(|wanted| wanted.column.as_str());
+        // Every leaf below a column of that name, where it is one of lists and structures.
+        let schema = builder.parquet_schema();
+        let roots: Vec<usize> = names.filter_map(|name| root_of(schema, name)).collect();
+        let mask = ProjectionMask::roots(schema, roots);
         let reader = builder
             .with_projection(mask)
             .with_batch_size(1024)
@@ -132,13 +188,13 @@ impl SourceFile {
 
 /// The rows of several pieces of files, one after the other.
 pub struct Rows {
-    columns: Vec<String>,
+    columns: Vec<Wanted>,
     pieces: VecDeque<(SourceFile, Range<u64>)>,
     current: Option<FileRows>,
 }
 
 impl Rows {
-    pub fn new(pieces: Vec<(SourceFile, Range<u64>)>, columns: Vec<String>) -> Self {
+    pub fn new(pieces: Vec<(SourceFile, Range<u64>)>, columns: Vec<Wanted>) -> Self {
         Self { columns, pieces: pieces.into(), current: None }
     }
 
@@ -159,7 +215,7 @@ impl Rows {
 }
 
 enum FileRows {
-    Records { records: Records, columns: Vec<String>, left: u64 },
+    Records { records: Records, columns: Vec<Wanted>, left: u64 },
     Parquet(ParquetRows),
 }
 
@@ -329,9 +385,9 @@ impl Records {
     }
 
     /// The values of the record read last, or why it is bad.
-    fn cells(&self, columns: &[String]) -> Result<Vec<String>, String> {
+    fn cells(&self, columns: &[Wanted]) -> Result<Vec<SourceCell>, String> {
         let of_object = |object: &Map<String, Value>| {
-            columns.iter().map(|column| json_text(object.get(column), column)).collect::<Result<_, _>>()
+            columns.iter().map(|wanted| wanted.of_json(object.get(&wanted.column))).collect::<Result<_, _>>()
         };
         match &self.kind {
             RecordKind::Jsonl { line, .. } => of_object(&parse_object(line)?),
@@ -340,10 +396,10 @@ impl Records {
             RecordKind::Field { row, .. } => Err(format!("the row is {}, not an object", json_kind(row))),
             RecordKind::Csv { header, record, .. } => {
                 let record = record.as_ref().map_err(Clone::clone)?;
-                let cell = |column: &String| {
-                    let at = header.iter().position(|name| name == column);
-                    let cell = at.and_then(|at| record.get(at)).map(str::to_owned);
-                    cell.ok_or_else(|| format!("`{column}` is missing"))
+                let cell = |wanted: &Wanted| {
+                    let at = header.iter().position(|name| name == wanted.column);
+                    let text = at.and_then(|at| record.get(at)).map(|text| Value::String(text.to_owned()));
+                    wanted.of_json(text.as_ref())
                 };
                 columns.iter().map(cell).collect()
             }
@@ -351,7 +407,7 @@ impl Records {
                 let line = line.strip_suffix(b"\n").unwrap_or(line);
                 let line = line.strip_suffix(b"\r").unwrap_or(line);
                 let text = str::from_utf8(line).map_err(|error| format!("the line is not UTF-8: {error}"))?;
-                Ok(columns.iter().map(|_| text.to_owned()).collect())
+                Ok(columns.iter().map(|_| SourceCell::Text(text.to_owned())).collect())
             }
         }
     }
@@ -491,7 +547,7 @@ fn json_text(value: Option<&Value>, column: &str) -> Result<String, String> {
     }
 }
 
-fn json_kind(value: &Value) -> &'static str {
+pub fn json_kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -506,8 +562,8 @@ struct ParquetRows {
     reader: ParquetRecordBatchReader,
     /// The row handed out last.
     place: Place,
-    columns: Vec<String>,
-    ready: VecDeque<Result<Vec<String>, String>>,
+    columns: Vec<Wanted>,
+    ready: VecDeque<Result<Vec<SourceCell>, String>>,
 }
 
 impl ParquetRows {
@@ -522,19 +578,52 @@ impl ParquetRows {
     }
 }
 
-fn cells_of(batch: &RecordBatch, columns: &[String]) -> Result<VecDeque<Result<Vec<String>, String>>> {
-    let texts: Vec<StringArray> = columns.iter().map(|column| text_column(batch, column)).collect::<Result<_>>()?;
-    let row = |i: usize| {
-        columns
-            .iter()
-            .zip(&texts)
-            .map(|(column, text)| match text.is_null(i) {
-                true => Err(format!("`{column}` is null, text is needed")),
-                false => Ok(text.value(i).to_owned()),
-            })
-            .collect()
+fn cells_of(batch: &RecordBatch, columns: &[Wanted]) -> Result<VecDeque<Result<Vec<SourceCell>, String>>> {
+    enum Read {
+        Absent,
+        Texts(StringArray),
+        Nested(Arc<dyn Array>),
+    }
+    let read = |wanted: &Wanted| {
+        Ok(match (wanted.want, batch.column_by_name(&wanted.column)) {
+            (Want::TextOrNone, None) => Read::Absent,
+            (Want::Nested, Some(array)) => Read::Nested(array.clone()),
+            _ => Read::Texts(text_column(batch, &wanted.column)?),
+        })
     };
+    let read: Vec<Read> = columns.iter().map(read).collect::<Result<_>>()?;
+    let cell = |i: usize, wanted: &Wanted, column: &Read| match column {
+        Read::Texts(texts) if !texts.is_null(i) => Ok(SourceCell::Text(texts.value(i).to_owned())),
+        Read::Nested(array) => wanted.of_json(Some(&json_of(array.as_ref(), i))),
+        _ => wanted.of_json(Some(&Value::Null)),
+    };
+    let row = |i: usize| columns.iter().zip(&read).map(|(wanted, column)| cell(i, wanted, column)).collect();
     Ok((0..batch.num_rows()).map(row).collect())
+}
+
+/// A value of lists, structures and scalars as JSON; scalars by their text, which is all that is asked of them.
+fn json_of(array: &dyn Array, i: usize) -> Value {
+    if array.is_null(i) {
+        return Value::Null;
+    }
+    let list = |values: Arc<dyn Array>| Value::Array((0..values.len()).map(|i| json_of(values.as_ref(), i)).collect());
+    match array.data_type() {
+        DataType::List(_) => list(array.as_list::<i32>().value(i)),
+        DataType::LargeList(_) => list(array.as_list::<i64>().value(i)),
+        DataType::FixedSizeList(..) => list(array.as_fixed_size_list().value(i)),
+        DataType::Struct(fields) => {
+            let columns = array.as_struct().columns();
+            let value =
+                |(field, column): (&Arc<Field>, &Arc<dyn Array>)| (field.name().clone(), json_of(column.as_ref(), i));
+            Value::Object(fields.iter().zip(columns).map(value).collect())
+        }
+        _ => arrow::util::display::array_value_to_string(array, i).map_or(Value::Null, Value::String),
+    }
+}
+
+/// The index of a column among those at the top of a schema.
+fn root_of(schema: &SchemaDescriptor, name: &str) -> Option<usize> {
+    schema.root_schema().get_fields().iter().position(|field| field.name() == name)
 }
 
 fn text_column(batch: &RecordBatch, column: &str) -> Result<StringArray> {

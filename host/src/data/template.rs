@@ -1,4 +1,9 @@
 //! What the data path asks of a template. Scripts implement it; the data path does not know them.
+//!
+//! A template gets a row as the columns of the config, as a conversation (the column [`MESSAGES`]), or both, and gives back
+//! messages. One that takes the conversation alone can follow another.
+
+use std::sync::Arc;
 
 use crate::error::Result;
 
@@ -25,6 +30,9 @@ impl Role {
     }
 }
 
+/// The column that is a row as a conversation.
+pub const MESSAGES: &str = "messages";
+
 /// One turn. Each part is tokenised on its own (parity §5.3: pieces are encoded apart).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
@@ -34,12 +42,27 @@ pub struct Message {
     pub train: Option<bool>,
 }
 
-/// A row under the expected names (`input`, `output`): `cells[i]` belongs to `columns[i]`; `None` is a value the row
-/// does not have (a prompt to be completed).
+impl Message {
+    /// A message of one part.
+    pub fn of(role: Role, text: impl Into<String>) -> Self {
+        Self { role, parts: vec![text.into()], train: None }
+    }
+}
+
+/// One value of a row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cell {
+    /// The row has none: a prompt to be completed has no answer.
+    None,
+    Text(String),
+    Messages(Vec<Message>),
+}
+
+/// A row: a cell for each column that the template asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
     pub id: u64,
-    pub cells: Vec<Option<String>>,
+    pub cells: Vec<Cell>,
 }
 
 /// What became of one row.
@@ -54,10 +77,10 @@ pub enum Outcome {
 
 /// Turns rows into messages, in batches. One value per data worker thread.
 pub trait RowTemplate {
-    /// Says which columns the cells of later rows are, in order.
-    fn configure(&mut self, columns: &[String]) -> Result<()>;
+    /// Says which columns there are; returns those that the cells of later rows should be, in that order.
+    fn configure(&mut self, columns: &[String]) -> Result<Vec<String>>;
     /// One outcome per row, in order. An error is the template's own failure, not a bad row.
-    fn render(&mut self, rows: &[Row]) -> Result<Vec<Outcome>>;
+    fn render(&mut self, rows: Vec<Row>) -> Result<Vec<Outcome>>;
 }
 
 /// Opens a template once per worker thread.
@@ -65,80 +88,24 @@ pub trait OpenTemplate: Sync {
     fn open(&self) -> Result<Box<dyn RowTemplate>>;
     /// Decides the token cache's key: the template's bytes and its settings.
     fn digest(&self) -> String;
+    /// For messages: the file it is.
+    fn name(&self) -> String;
 }
 
-/// A template whose messages are one text each before they become tokens.
-pub struct Joined<T>(pub T);
+pub type SharedTemplate = Arc<dyn OpenTemplate + Send + Sync>;
 
-impl<T: AsRef<dyn OpenTemplate + Send + Sync> + Sync> OpenTemplate for Joined<T> {
-    fn open(&self) -> Result<Box<dyn RowTemplate>> {
-        Ok(Box::new(JoinedRows(self.0.as_ref().open()?)))
-    }
-
-    fn digest(&self) -> String {
-        format!("joined {}", self.0.as_ref().digest())
-    }
+/// The templates of a data set, in the order they work.
+#[derive(Clone, Default)]
+pub struct Templates {
+    /// The data set's own.
+    pub own: Option<SharedTemplate>,
+    /// The tokenizer section's `prompt_template`.
+    pub prompt: Option<SharedTemplate>,
 }
 
-struct JoinedRows(Box<dyn RowTemplate>);
-
-impl RowTemplate for JoinedRows {
-    fn configure(&mut self, columns: &[String]) -> Result<()> {
-        self.0.configure(columns)
-    }
-
-    fn render(&mut self, rows: &[Row]) -> Result<Vec<Outcome>> {
-        let mut outcomes = self.0.render(rows)?;
-        for outcome in &mut outcomes {
-            let Outcome::Keep(messages) = outcome else { continue };
-            for message in messages {
-                message.parts = vec![message.parts.concat()];
-            }
-        }
-        Ok(outcomes)
-    }
-}
-
-/// No template: the input is the user's message, the output the assistant's.
-pub struct PlainTemplate;
-
-impl OpenTemplate for PlainTemplate {
-    fn open(&self) -> Result<Box<dyn RowTemplate>> {
-        Ok(Box::new(PlainRows { input: 0, output: None }))
-    }
-
-    fn digest(&self) -> String {
-        "plain".to_owned()
-    }
-}
-
-struct PlainRows {
-    input: usize,
-    output: Option<usize>,
-}
-
-impl RowTemplate for PlainRows {
-    fn configure(&mut self, columns: &[String]) -> Result<()> {
-        let find = |name: &str| columns.iter().position(|column| column == name);
-        self.input = find("input").ok_or_else(|| {
-            crate::Error::config("the data has no column for `input`")
-                .hint("map one: `dataset.column_map.input=<column>`")
-        })?;
-        self.output = find("output");
-        Ok(())
-    }
-
-    fn render(&mut self, rows: &[Row]) -> Result<Vec<Outcome>> {
-        Ok(rows.iter().map(|row| self.messages(row)).collect())
-    }
-}
-
-impl PlainRows {
-    fn messages(&self, row: &Row) -> Outcome {
-        let cell = |index: usize| row.cells.get(index).cloned().flatten();
-        let message = |role, text| Message { role, parts: vec![text], train: None };
-        let Some(input) = cell(self.input) else { return Outcome::Fail("the row has no `input`".to_owned()) };
-        let answer = self.output.and_then(cell).map(|text| message(Role::Assistant, text));
-        Outcome::Keep(std::iter::once(message(Role::User, input)).chain(answer).collect())
+impl Templates {
+    pub fn digest(&self) -> String {
+        let digest = |template: &Option<SharedTemplate>| template.as_ref().map(|template| template.digest());
+        format!("{:?} {:?}", digest(&self.own), digest(&self.prompt))
     }
 }

@@ -9,56 +9,71 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use crate::config::plan::{DatasetPlan, OnBadRow, TokenizerPlan};
+use crate::config::plan::{DatasetPlan, OnBadRow, RowsPlan, TokenizerPlan};
 use crate::data::cache::{self, Cache};
-use crate::data::encode::Encoder;
-use crate::data::samples::{Report, Samples, Tokenized};
-use crate::data::source::{Place, Rows, SourceFile, SourceRow};
+use crate::data::encode::{Encoded, Encoder};
+use crate::data::messages::Conversations;
+use crate::data::samples::{Report, SHOWN_BAD_ROWS, Samples, Tokenized};
+use crate::data::source::{Place, Rows, SourceCell, SourceFile, SourceRow, Wanted};
 use crate::data::split;
-use crate::data::template::{OpenTemplate, Outcome, Row, RowTemplate};
+use crate::data::template::{Outcome, Templates};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 
 /// Rows that go through a template in one call.
 const BATCH_ROWS: usize = 256;
-/// How many bad rows are kept for the report.
-const SHOWN_BAD_ROWS: usize = 5;
+
+/// Data sets, the rows of one after those of the other, each with its templates.
+pub fn prepare(
+    plans: &[DatasetPlan],
+    tokenizer_plan: &TokenizerPlan,
+    tokenizer: &Tokenizer,
+    templates: &[Templates],
+) -> Result<Tokenized> {
+    let each = plans.iter().zip(templates).map(|(plan, templates)| one(plan, tokenizer_plan, tokenizer, templates));
+    let parts = each.collect::<Result<Vec<_>>>()?;
+    Tokenized::concatenated(parts).ok_or_else(|| Error::bug("a run without a data set"))
+}
 
 /// Reads, templates and tokenises a data set, or takes it from the cache. What takes long shows a bar on stderr.
-pub fn prepare(
+fn one(
     plan: &DatasetPlan,
     tokenizer_plan: &TokenizerPlan,
     tokenizer: &Tokenizer,
-    template: &dyn OpenTemplate,
+    templates: &Templates,
 ) -> Result<Tokenized> {
     let max_seq_len = tokenizer_plan.max_seq_len;
     let encoder = Encoder { tokenizer, max_seq_len, train_on_input: plan.train_on_input };
-    if plan.column_map.is_empty() {
-        return Err(Error::config("`dataset.column_map` names no column")
-            .hint("map what the template expects to columns of the data, such as {input: document, output: summary}"));
-    }
     if max_seq_len.is_some_and(|limit| limit < 2) {
         return Err(Error::config("`tokenizer.max_seq_len` is below 2, which leaves nothing to learn"));
     }
     let pieces = select_pieces(plan)?;
-    let cache = Cache::new(&plan.cache_dir, &cache_key(plan, &pieces, &encoder, template));
+    let cache = Cache::new(&plan.cache_dir, &cache_key(plan, &pieces, &encoder, templates));
     // Held to the end: whoever waits here finds the file written.
-    let _lock = cache.lock();
-    if let Some(tokenized) = cache.load() {
-        return Ok(tokenized);
-    }
-    let tokenized = tokenize(plan, pieces, encoder, template, &mut progress_bar(&plan.split))?;
-    check(plan, &tokenized)?;
-    if let Err(error) = cache.store(&tokenized) {
-        tracing::warn!("the tokenised rows are not cached; the next start tokenises again\n{error}");
-    }
-    Ok(tokenized)
+    let lock = cache.lock();
+    let tokenized = match cache.load() {
+        Some(tokenized) => tokenized,
+        None => {
+            let tokenized = tokenize(plan, pieces, encoder, templates, &mut progress_bar(&plan.split))?;
+            check(plan, &tokenized)?;
+            if let Err(error) = cache.store(&tokenized) {
+                tracing::warn!("the tokenised rows are not cached; the next start tokenises again\n{error}");
+            }
+            tokenized
+        }
+    };
+    drop(lock);
+    // Packing is a pass over the lengths: quicker than to read it from a file.
+    Ok(match &plan.packing {
+        Some(packing) => tokenized.packed(packing),
+        None => tokenized,
+    })
 }
 
 /// Scans the files of the splits that are asked for, and says which rows of which file are taken.
 fn select_pieces(plan: &DatasetPlan) -> Result<Vec<(SourceFile, std::ops::Range<u64>)>> {
     let slices = split::parse(&plan.split)?;
-    let needed: Vec<String> = plan.column_map.iter().map(|(_, column)| column.clone()).collect();
+    let needed = Wanted::of(&plan.rows);
     let mut splits: Vec<(String, u64)> = vec![];
     let mut files: Vec<(&str, SourceFile)> = vec![];
     for file in &plan.files {
@@ -100,7 +115,7 @@ fn cache_key(
     plan: &DatasetPlan,
     pieces: &[(SourceFile, std::ops::Range<u64>)],
     encoder: &Encoder,
-    template: &dyn OpenTemplate,
+    templates: &Templates,
 ) -> String {
     // Without `..`, so that a new key of the section has to be thought of here.
     let DatasetPlan {
@@ -108,17 +123,28 @@ fn cache_key(
         format,
         hub: _,
         split: _,
-        column_map,
-        template: _,
+        rows,
+        new_system_prompt,
         train_on_input,
         on_bad_row,
+        packing: _,
         cache_dir: _,
     } = plan;
-    let rows: Vec<_> = pieces.iter().map(|(file, range)| (&file.digest, range)).collect();
+    let read: Vec<_> = pieces.iter().map(|(file, range)| (&file.digest, range)).collect();
+    // A template's file may lie anywhere; its content is what counts.
+    let rows = match rows {
+        RowsPlan::Columns { columns, template } => {
+            format!("{columns:?} {}", template.as_ref().is_some_and(|t| t.joined))
+        }
+        RowsPlan::Chat { column, style, template } => {
+            format!("{column} {style:?} {}", template.as_ref().is_some_and(|t| t.joined))
+        }
+        RowsPlan::Text { .. } => format!("{rows:?}"),
+    };
     cache::key(&[
-        &format!("{format:?} {rows:?}"),
-        &format!("{column_map:?} {train_on_input} {on_bad_row:?}"),
-        &template.digest(),
+        &format!("{format:?} {read:?}"),
+        &format!("{rows} {new_system_prompt:?} {train_on_input} {on_bad_row:?}"),
+        &templates.digest(),
         encoder.tokenizer.digest(),
         &format!("{:?}", encoder.max_seq_len),
     ])
@@ -152,12 +178,11 @@ fn tokenize(
     plan: &DatasetPlan,
     pieces: Vec<(SourceFile, std::ops::Range<u64>)>,
     encoder: Encoder,
-    template: &dyn OpenTemplate,
+    templates: &Templates,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Tokenized> {
     let total: u64 = pieces.iter().map(|(_, range)| range.end - range.start).sum();
-    let (names, columns): (Vec<String>, Vec<String>) = plan.column_map.iter().cloned().unzip();
-    let feed = Mutex::new(Feed { rows: Rows::new(pieces, columns), next_batch: 0 });
+    let feed = Mutex::new(Feed { rows: Rows::new(pieces, Wanted::of(&plan.rows)), next_batch: 0 });
     let stop = AtomicBool::new(false);
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
     let num_threads = total.div_ceil(BATCH_ROWS as u64).min(cores);
@@ -165,14 +190,9 @@ fn tokenize(
 
     std::thread::scope(|scope| {
         for _ in 0..num_threads {
-            let (sender, feed, stop, names) = (sender.clone(), &feed, &stop, &names);
+            let (sender, feed, stop) = (sender.clone(), &feed, &stop);
             scope.spawn(move || {
-                let worker = || -> Result<Worker> {
-                    let mut template = template.open()?;
-                    template.configure(names)?;
-                    Ok(Worker { template, encoder, on_bad_row: plan.on_bad_row })
-                };
-                let mut worker = match worker() {
+                let mut worker = match Worker::open(plan, encoder, templates) {
                     Ok(worker) => worker,
                     Err(error) => return sender.send(Err(error)).unwrap_or_default(),
                 };
@@ -226,9 +246,15 @@ fn collect(
 }
 
 struct Worker<'t> {
-    template: Box<dyn RowTemplate>,
+    maker: Maker<'t>,
     encoder: Encoder<'t>,
     on_bad_row: OnBadRow,
+}
+
+/// What makes samples of rows.
+enum Maker<'t> {
+    Conversations(Conversations<'t>),
+    Texts { add_eos: bool },
 }
 
 struct Batch {
@@ -237,47 +263,56 @@ struct Batch {
     num_rows: u64,
 }
 
-impl Worker<'_> {
+impl<'t> Worker<'t> {
+    fn open(plan: &'t DatasetPlan, encoder: Encoder<'t>, templates: &Templates) -> Result<Self> {
+        let maker = match plan.rows {
+            RowsPlan::Text { add_eos, .. } => Maker::Texts { add_eos },
+            _ => Maker::Conversations(Conversations::open(plan, templates)?),
+        };
+        Ok(Self { maker, encoder, on_bad_row: plan.on_bad_row })
+    }
+
     fn batch(&mut self, index: usize, source_rows: Vec<SourceRow>) -> Result<Batch> {
         let mut batch =
             Batch { samples: Samples::default(), report: Report::default(), num_rows: source_rows.len() as u64 };
-        let first_id = (index * BATCH_ROWS) as u64;
         let (mut places, mut rows) = (vec![], vec![]);
-        for (id, row) in (first_id..).zip(source_rows) {
-            let cells = row.cells.map(|cells| rows.push(Row { id, cells: cells.into_iter().map(Some).collect() }));
-            places.push((row.place, cells));
+        for row in source_rows {
+            let read = row.cells.map(|cells| rows.push(cells));
+            places.push((row.place, read));
         }
-        let mut outcomes = self.render(&rows)?.into_iter();
-        for (place, cells) in places {
-            let outcome = match cells {
-                Ok(()) => outcomes.next().unwrap_or_else(|| Outcome::Fail("the template said nothing".to_owned())),
-                Err(why) => Outcome::Fail(why),
-            };
-            let bad = match outcome {
-                Outcome::Keep(messages) => self.encoder.sample(&messages).map(|encoded| batch.keep(&encoded)).err(),
-                Outcome::Skip(_) => {
-                    batch.report.left_out += 1;
-                    None
-                }
-                Outcome::Fail(why) => Some(why),
-            };
-            if let Some(why) = bad {
-                self.bad_row(&mut batch.report, &place, &why)?;
+        let made = self.make((index * BATCH_ROWS) as u64, rows)?;
+        let mut made = made.into_iter();
+        for (place, read) in places {
+            let made = read.and_then(|()| made.next().unwrap_or_else(|| Err("the template said nothing".to_owned())));
+            match made {
+                Ok(Some(encoded)) => batch.keep(&encoded),
+                Ok(None) => batch.report.left_out += 1,
+                Err(why) => self.bad_row(&mut batch.report, &place, &why)?,
             }
         }
         Ok(batch)
     }
 
-    fn render(&mut self, rows: &[Row]) -> Result<Vec<Outcome>> {
-        if rows.is_empty() {
-            return Ok(vec![]);
-        }
-        let outcomes = self.template.render(rows)?;
-        if outcomes.len() != rows.len() {
-            let (got, needed) = (outcomes.len(), rows.len());
-            return Err(Error::run(format!("the template gave {got} results for {needed} rows; one each is needed")));
-        }
-        Ok(outcomes)
+    /// A sample for each row; none where the template leaves the row out; or why the row is bad.
+    fn make(&mut self, first_id: u64, rows: Vec<Vec<SourceCell>>) -> Result<Vec<Result<Option<Encoded>, String>>> {
+        let encoder = &self.encoder;
+        Ok(match &mut self.maker {
+            Maker::Texts { add_eos } => {
+                let text = |cells: Vec<SourceCell>| match cells.first() {
+                    Some(SourceCell::Text(text)) => encoder.text(text, *add_eos).map(Some),
+                    _ => Err("the row has no text".to_owned()),
+                };
+                rows.into_iter().map(text).collect()
+            }
+            Maker::Conversations(conversations) => {
+                let sample = |outcome| match outcome {
+                    Outcome::Keep(messages) => encoder.sample(&messages).map(Some),
+                    Outcome::Skip(_) => Ok(None),
+                    Outcome::Fail(why) => Err(why),
+                };
+                conversations.of(first_id, rows)?.into_iter().map(sample).collect()
+            }
+        })
     }
 
     fn bad_row(&self, report: &mut Report, place: &Place, why: &str) -> Result<()> {
@@ -297,23 +332,11 @@ impl Worker<'_> {
 }
 
 impl Batch {
-    fn keep(&mut self, encoded: &crate::data::encode::Encoded) {
+    fn keep(&mut self, encoded: &Encoded) {
         self.samples.push(&encoded.tokens, &encoded.trained);
         self.report.cut += u64::from(encoded.was_cut);
         let has_labels = self.samples.get(self.samples.len() - 1).has_labels();
         self.report.without_labels += u64::from(!has_labels);
-    }
-}
-
-impl Report {
-    fn add(&mut self, other: &Report) {
-        let Report { bad_rows, first_bad_rows, left_out, cut, without_labels } = other;
-        self.bad_rows += bad_rows;
-        self.left_out += left_out;
-        self.cut += cut;
-        self.without_labels += without_labels;
-        let room = SHOWN_BAD_ROWS - self.first_bad_rows.len();
-        self.first_bad_rows.extend(first_bad_rows.iter().take(room).cloned());
     }
 }
 

@@ -21,7 +21,8 @@ pub mod tests;
 
 use std::path::{Path, PathBuf};
 
-use crate::config::plan::{MessageFormat, TokenizerPlan, Truncation, TurnTexts};
+use crate::config::plan::{MessageFormat, TokenizerPlan, Truncation};
+use crate::data::template::Role;
 use crate::error::{Error, Result};
 
 pub use chat_template::{ChatMessage, ChatTemplate};
@@ -32,6 +33,8 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
     bos: Option<u32>,
+    /// Before a text that is no message; a chat template writes its own, a text has none.
+    text_bos: Option<u32>,
     eos: u32,
     pad: u32,
     stop_tokens: Vec<u32>,
@@ -40,7 +43,7 @@ pub struct Tokenizer {
     /// Long texts are encoded in torchtune's pieces.
     in_pieces: bool,
     format: Format,
-    turn_texts: TurnTexts,
+    turn_texts: Vec<(Role, [String; 2])>,
     truncation: Truncation,
 }
 
@@ -110,6 +113,7 @@ impl Tokenizer {
                 "give `eos_token` in tokenizer_config.json, or `eos_token_id` in config.json, in the tokenizer's folder",
             )
         };
+        let of_files = bos;
         let (format, bos, eos, pad, mut stop_tokens) = match plan.format {
             MessageFormat::Plain => (Format::Plain, bos, eos.ok_or_else(no_eos)?, pad, stop_tokens),
             MessageFormat::ChatTemplate => {
@@ -167,11 +171,14 @@ impl Tokenizer {
             prompt_template: _,
             turn_texts,
         } = plan;
-        digest.update(format!("\0{bos:?} {eos} {message_format:?} {truncation:?} {turn_texts:?}").as_bytes());
+        digest.update(
+            format!("\0{bos:?} {of_files:?} {eos} {message_format:?} {truncation:?} {turn_texts:?}").as_bytes(),
+        );
         let mut tokenizer = Self {
             inner,
             path: path.clone(),
             bos,
+            text_bos: if plan.format == MessageFormat::ChatTemplate { of_files } else { bos },
             eos,
             pad: pad.unwrap_or(eos),
             stop_tokens,
@@ -225,6 +232,11 @@ impl Tokenizer {
         self.bos
     }
 
+    /// The token put before a text without messages.
+    pub fn text_bos(&self) -> Option<u32> {
+        self.text_bos
+    }
+
     pub fn eos(&self) -> u32 {
         self.eos
     }
@@ -248,8 +260,8 @@ impl Tokenizer {
         &self.format
     }
 
-    /// What the tokenizer section puts around each message.
-    pub fn turn_texts(&self) -> &TurnTexts {
+    /// What the tokenizer section puts around the messages of a role.
+    pub fn turn_texts(&self) -> &[(Role, [String; 2])] {
         &self.turn_texts
     }
 

@@ -124,8 +124,7 @@ pub fn family(name: &str) -> TokenizerPlan {
             ..TokenizerPlan::plain(at("llama3.model"))
         },
         "llama2" | "mistral" => {
-            let turn_texts = if name == "llama2" { TurnTexts::Llama2Chat } else { TurnTexts::MistralChat };
-            TokenizerPlan { format: MessageFormat::Turns, turn_texts, ..TokenizerPlan::plain(at("llama2.model")) }
+            TokenizerPlan { format: MessageFormat::Turns, ..TokenizerPlan::plain(at("llama2.model")) }
         }
         _ => TokenizerPlan {
             merges_file: Some(at("merges.txt")),

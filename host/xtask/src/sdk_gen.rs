@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use wit_parser::{Function, FunctionKind, Handle, Interface, Resolve, Type, TypeDefKind, TypeId, TypeOwner, WorldItem};
 
-const VERSION: &str = "0.0.1";
+const VERSION: &str = "0.0.2";
 
 /// Writes the outputs, or with `check` only says which of them are stale.
 pub fn generate(root: &Path, check: bool) -> Result<(), String> {
@@ -553,6 +553,10 @@ impl Surface<'_> {
                 }
             }
         }
+        out.push_str("\n// In a template:\n");
+        for (declaration, about) in TEMPLATE_FUNCTIONS {
+            let _ = write!(out, "\n/// {about}\n{declaration};\n");
+        }
         let _ = write!(out, "\nmodule host {{{}}}\n", functions.trim_end_matches('\n').to_string() + "\n");
         Ok(out)
     }
@@ -588,14 +592,40 @@ In Rust (`host-sdk`) the names are the same in snake case, an error is an `Err`,
 `Result`, and `run.steps()`, `step.batches()` are iterators of `Result`s.
 ";
 
+/// What a template script has besides the language's own functions: its declaration, and what it does.
+pub const TEMPLATE_FUNCTIONS: &[(&str, &str)] = &[
+    ("fn system(parts: String) -> Message", "A message that sets the scene."),
+    ("fn system(parts: Array) -> Message", "Likewise, of parts that are tokenised each on its own."),
+    ("fn user(parts: String) -> Message", "A message that asks."),
+    ("fn user(parts: Array) -> Message", "Likewise, in parts."),
+    ("fn assistant(parts: String) -> Message", "A message that answers."),
+    ("fn assistant(parts: Array) -> Message", "Likewise, in parts."),
+    ("fn tool(parts: String) -> Message", "What a tool answered."),
+    ("fn tool(parts: Array) -> Message", "Likewise, in parts."),
+    ("fn skip(reason: String) -> Verdict", "Leaves the row out."),
+    ("fn fail(reason: String) -> Verdict", "Calls the row bad; `on_bad_row` decides."),
+    ("fn get role(self: Message) -> String", "`system`, `user`, `assistant` or `tool`."),
+    ("fn get text(self: Message) -> String", "The text of all parts."),
+    ("fn get parts(self: Message) -> Array", "The parts, each a string."),
+    ("fn set parts(self: Message, parts: Array)", "Replaces the parts."),
+    ("fn set train(self: Message, train: bool)", "Decides about loss on this message, whatever the config says."),
+    (
+        "fn wrap(self: Message, before: String, after: String) -> Message",
+        "The message with a part before the others and one after them; an empty one is left out.",
+    ),
+];
+
 const REFERENCE_ROWS_RHAI: &str = "\
 ### In Rhai
 
-A template script defines `fn render(row)`. `row` is a map from column to string, `()` where the row has no value. It
-gives back an array of messages, made by `system(parts)`, `user(parts)` and `assistant(parts)`, where `parts` is a string or
-an array of strings; `message.train = true` or `false` decides about loss on that message. `skip(reason)` leaves the row out,
-`fail(reason)` calls it bad. `fn configure(columns)`, if there is one, is called once before any row. `render` sees no
-variable of another row.
+A template script defines `fn render(row)`, which gives back an array of messages, or `skip(reason)`, or `fail(reason)`.
+`row` is a map from column to string, `()` where the row has no value; `row.messages`, the row as a conversation, is an
+array of messages. `fn configure(columns)`, if there is one, is called once before any row and gives back the columns that
+`render` reads; without it those are the config's, or `messages` where the data set has none. `render` sees no variable of
+another row.
+
+| function | |
+| --- | --- |
 ";
 
 impl Surface<'_> {
@@ -607,6 +637,9 @@ impl Surface<'_> {
         self.reference_interface(self.rows, "what a template offers", &mut out)?;
         out.push('\n');
         out.push_str(REFERENCE_ROWS_RHAI);
+        for (declaration, about) in TEMPLATE_FUNCTIONS {
+            let _ = writeln!(out, "| `{declaration}` | {about} |");
+        }
         Ok(out)
     }
 

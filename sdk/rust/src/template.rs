@@ -18,6 +18,10 @@ pub use rows::{Message, Role};
 /// struct Echo;
 ///
 /// impl Template for Echo {
+///     fn configure(&mut self, _columns: &[String]) -> Result<Vec<String>> {
+///         Ok(vec!["input".into()])
+///     }
+///
 ///     fn render(&mut self, row: Row) -> Result<Vec<Message>, RowError> {
 ///         let text = row.get("input").ok_or("no `input`")?;
 ///         Ok(vec![Message::user([text]), Message::assistant([text])])
@@ -27,37 +31,47 @@ pub use rows::{Message, Role};
 /// host_sdk::template!(Echo);
 /// ```
 pub trait Template: Default {
-    /// Called once, before any row, with the names of the columns.
-    fn configure(&mut self, columns: &[String]) -> Result<()> {
-        let _ = columns;
-        Ok(())
-    }
+    /// Called once, before any row, with the columns there are: those of the config, and `messages`, the row as a
+    /// conversation. Gives back those that [`Template::render`] reads.
+    fn configure(&mut self, columns: &[String]) -> Result<Vec<String>>;
 
     /// The messages of one row, or why it has none.
     fn render(&mut self, row: Row) -> Result<Vec<Message>, RowError>;
 }
 
-/// One row: the text of each column that has one.
+/// One row: the values of the columns that [`Template::configure`] gave back.
 pub struct Row<'a> {
     columns: &'a [String],
-    row: &'a rows::Row,
+    row: rows::Row,
 }
 
-impl<'a> Row<'a> {
+impl Row<'_> {
     /// The row's number in its data set.
     pub fn id(&self) -> i64 {
         self.row.id
     }
 
     /// The text of a column; `None` where the row has no value, as in a prompt to be completed.
-    pub fn get(&self, column: &str) -> Option<&'a str> {
+    pub fn get(&self, column: &str) -> Option<&str> {
         let index = self.columns.iter().position(|name| name == column)?;
         self.cell(index)
     }
 
-    /// The text of the column with this index among those [`Template::configure`] was given.
-    pub fn cell(&self, index: usize) -> Option<&'a str> {
-        self.row.cells.get(index)?.as_deref()
+    /// The text of the column with this index among those [`Template::configure`] gave back.
+    pub fn cell(&self, index: usize) -> Option<&str> {
+        match self.row.cells.get(index)? {
+            rows::Cell::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The row as a conversation; empty unless [`Template::configure`] asked for `messages`.
+    pub fn into_messages(self) -> Vec<Message> {
+        let messages = self.row.cells.into_iter().find_map(|cell| match cell {
+            rows::Cell::Messages(messages) => Some(messages),
+            _ => None,
+        });
+        messages.unwrap_or_default()
     }
 }
 
@@ -102,6 +116,28 @@ impl Message {
         Self::new(Role::Assistant, parts)
     }
 
+    /// What a tool answered.
+    pub fn tool<P: Into<String>>(parts: impl IntoIterator<Item = P>) -> Self {
+        Self::new(Role::Tool, parts)
+    }
+
+    /// The text of all parts.
+    pub fn text(&self) -> String {
+        self.parts.concat()
+    }
+
+    /// Puts a part before the others and one after them; an empty one is left out.
+    #[must_use]
+    pub fn wrap(mut self, before: &str, after: &str) -> Self {
+        if !before.is_empty() {
+            self.parts.insert(0, before.into());
+        }
+        if !after.is_empty() {
+            self.parts.push(after.into());
+        }
+        self
+    }
+
     /// Decides about loss on this message, whatever the config says.
     #[must_use]
     pub fn train(mut self, train: bool) -> Self {
@@ -122,11 +158,11 @@ impl<T: Template> Rows<T> {
 }
 
 #[doc(hidden)]
-pub fn configure<T: Template>(rows: &Rows<T>, columns: Vec<String>) -> Result<(), Failure> {
+pub fn configure<T: Template>(rows: &Rows<T>, columns: Vec<String>) -> Result<Vec<String>, Failure> {
     let mut template = T::default();
-    template.configure(&columns).map_err(into_failure)?;
-    *rows.0.borrow_mut() = Some((template, columns));
-    Ok(())
+    let columns = template.configure(&columns).map_err(into_failure)?;
+    *rows.0.borrow_mut() = Some((template, columns.clone()));
+    Ok(columns)
 }
 
 #[doc(hidden)]
@@ -139,7 +175,7 @@ pub fn render<T: Template>(rows: &Rows<T>, batch: Vec<rows::Row>) -> Result<Vec<
         Err(RowError::Skip(reason)) => rows::Outcome::Skip(reason),
         Err(RowError::Fail(reason)) => rows::Outcome::Fail(reason),
     };
-    Ok(batch.iter().map(outcome).collect())
+    Ok(batch.into_iter().map(outcome).collect())
 }
 
 /// Makes a type that implements [`Template`] the template of this crate.
@@ -155,7 +191,10 @@ macro_rules! template {
         impl $crate::bindings::template::exports::host::sdk::rows::Guest for HostSdkTemplate {
             fn configure(
                 columns: ::std::vec::Vec<::std::string::String>,
-            ) -> ::std::result::Result<(), $crate::bindings::host::sdk::types::Failure> {
+            ) -> ::std::result::Result<
+                ::std::vec::Vec<::std::string::String>,
+                $crate::bindings::host::sdk::types::Failure,
+            > {
                 HOST_SDK_ROWS.with(|rows| $crate::export::configure(rows, columns))
             }
 

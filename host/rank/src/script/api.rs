@@ -23,7 +23,7 @@ use super::training::{BatchInfo, Training};
 /// The traits and types that WIT defines, as Rust.
 pub mod wit {
     wasmtime::component::bindgen!({
-        path: "../../sdk/wit/0.0.1",
+        path: "../../sdk/wit/0.0.2",
         world: "recipe",
         imports: { default: trappable },
         trappable_error_type: { "host:sdk/types.error" => crate::script::api::HostError },

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use host::config::plan::{GuestLimits, GuestRef};
-use host::data::template::{Message, OpenTemplate, Outcome, Role, Row, RowTemplate};
+use host::data::template::{Cell, MESSAGES, Message, OpenTemplate, Outcome, Role, Row, RowTemplate, SharedTemplate};
 use host::worker::StopFlag;
 use host::{Error, Result};
 use rhai::{AST, Array, CallFnOptions, Dynamic, Engine, EvalAltResult, ImmutableString, Map, Position, Scope};
@@ -22,11 +22,10 @@ use super::{log, rhai_generated};
 
 mod wit {
     wasmtime::component::bindgen!({
-        path: "../../sdk/wit/0.0.1",
+        path: "../../sdk/wit/0.0.2",
         world: "template",
         imports: { default: trappable },
-        ownership: Borrowing { duplicate_if_necessary: true },
-        with: { "host:sdk/types@0.0.1": crate::script::api::types },
+        with: { "host:sdk/types@0.0.2": crate::script::api::types },
     });
 }
 
@@ -38,7 +37,7 @@ const MAX_BATCH_ROWS: usize = 256;
 const MAX_BATCH_BYTES: usize = 1 << 20;
 
 /// Reads, checks and compiles a template, so that opening it later cannot fail for what its file says.
-pub fn open_template(guest: &GuestRef, limits: &GuestLimits) -> Result<Arc<dyn OpenTemplate + Send + Sync>> {
+pub fn open_template(guest: &GuestRef, limits: &GuestLimits) -> Result<SharedTemplate> {
     let path = &guest.path;
     if let Some(key) = guest.settings.as_object().and_then(|settings| settings.keys().next()) {
         return Err(Error::config(format!("the template `{}` was given `{key}`", path.display()))
@@ -112,6 +111,10 @@ impl OpenTemplate for ComponentTemplate {
     fn digest(&self) -> String {
         self.digest.clone()
     }
+
+    fn name(&self) -> String {
+        self.blame.path.display().to_string()
+    }
 }
 
 struct ComponentRows {
@@ -143,16 +146,14 @@ impl ComponentRows {
         }
     }
 
-    fn render_batch(&mut self, batch: &[Row], outcomes: &mut Vec<Outcome>) -> Result<()> {
-        self.blame.place = rows_place(batch);
-        let cells: Vec<Vec<Option<&str>>> =
-            batch.iter().map(|row| row.cells.iter().map(Option::as_deref).collect()).collect();
-        let rows: Vec<rows::Row> =
-            batch.iter().zip(&cells).map(|(row, cells)| rows::Row { id: row.id as i64, cells }).collect();
+    fn render_batch(&mut self, batch: Vec<Row>, outcomes: &mut Vec<Outcome>) -> Result<()> {
+        self.blame.place = rows_place(&batch);
+        let needed = batch.len();
+        let rows: Vec<rows::Row> = batch.into_iter().map(rows::Row::from).collect();
         let outcome = self.template.host_sdk_rows().call_render(&mut self.store, &rows);
         let rendered = self.ended(outcome)?;
-        if rendered.len() != batch.len() {
-            let (got, needed) = (rendered.len(), batch.len());
+        if rendered.len() != needed {
+            let got = rendered.len();
             return Err(self.blame.error().cause(format!("it gave back {got} outcomes for {needed} rows")));
         }
         outcomes.extend(rendered.into_iter().map(Outcome::from));
@@ -161,21 +162,20 @@ impl ComponentRows {
 }
 
 impl RowTemplate for ComponentRows {
-    fn configure(&mut self, columns: &[String]) -> Result<()> {
+    fn configure(&mut self, columns: &[String]) -> Result<Vec<String>> {
         self.guarded(|this| {
             this.blame.place = Some(format!("on the columns {}", columns.join(", ")));
-            let columns: Vec<&str> = columns.iter().map(String::as_str).collect();
-            let outcome = this.template.host_sdk_rows().call_configure(&mut this.store, &columns);
+            let outcome = this.template.host_sdk_rows().call_configure(&mut this.store, columns);
             this.ended(outcome)
         })
     }
 
-    fn render(&mut self, rows: &[Row]) -> Result<Vec<Outcome>> {
+    fn render(&mut self, rows: Vec<Row>) -> Result<Vec<Outcome>> {
         let mut outcomes = Vec::with_capacity(rows.len());
         let mut rest = rows;
         while !rest.is_empty() {
-            let (batch, later) = rest.split_at(batch_len(rest));
-            self.guarded(|this| this.render_batch(batch, &mut outcomes))?;
+            let later = rest.split_off(batch_len(&rest));
+            self.guarded(|this| this.render_batch(rest, &mut outcomes))?;
             rest = later;
         }
         Ok(outcomes)
@@ -184,12 +184,33 @@ impl RowTemplate for ComponentRows {
 
 /// How many of `rows` go into one call: at least one.
 fn batch_len(rows: &[Row]) -> usize {
+    let size = |cell: &Cell| match cell {
+        Cell::None => 0,
+        Cell::Text(text) => text.len(),
+        Cell::Messages(messages) => messages.iter().flat_map(|message| &message.parts).map(String::len).sum(),
+    };
     let mut bytes = 0;
     let fit = rows.iter().take(MAX_BATCH_ROWS).take_while(|row| {
-        bytes += row.cells.iter().flatten().map(String::len).sum::<usize>();
+        bytes += row.cells.iter().map(size).sum::<usize>();
         bytes <= MAX_BATCH_BYTES
     });
     fit.count().max(1)
+}
+
+impl From<Row> for rows::Row {
+    fn from(row: Row) -> Self {
+        Self { id: row.id as i64, cells: row.cells.into_iter().map(rows::Cell::from).collect() }
+    }
+}
+
+impl From<Cell> for rows::Cell {
+    fn from(cell: Cell) -> Self {
+        match cell {
+            Cell::None => Self::None,
+            Cell::Text(text) => Self::Text(text),
+            Cell::Messages(messages) => Self::Messages(messages.into_iter().map(rows::Message::from).collect()),
+        }
+    }
 }
 
 impl From<rows::Outcome> for Outcome {
@@ -202,12 +223,25 @@ impl From<rows::Outcome> for Outcome {
     }
 }
 
+impl From<Message> for rows::Message {
+    fn from(message: Message) -> Self {
+        let role = match message.role {
+            Role::System => rows::Role::System,
+            Role::User => rows::Role::User,
+            Role::Assistant => rows::Role::Assistant,
+            Role::Tool => rows::Role::Tool,
+        };
+        Self { role, parts: message.parts, train: message.train }
+    }
+}
+
 impl From<rows::Message> for Message {
     fn from(message: rows::Message) -> Self {
         let role = match message.role {
             rows::Role::System => Role::System,
             rows::Role::User => Role::User,
             rows::Role::Assistant => Role::Assistant,
+            rows::Role::Tool => Role::Tool,
         };
         Self { role, parts: message.parts, train: message.train }
     }
@@ -256,12 +290,23 @@ impl OpenTemplate for ScriptTemplate {
     fn digest(&self) -> String {
         self.digest.clone()
     }
+
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+}
+
+/// Every function a template script can call, as Rhai describes it; a test compares them with the definition file.
+pub fn signatures() -> Vec<String> {
+    let limits = GuestLimits::default();
+    template_engine(HostState::new("", &limits, StopFlag::default(), None), &limits).0.gen_fn_signatures(false)
 }
 
 fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Shared) {
     let mut front = Front::new(state, limits);
     rhai_generated::register_types(&mut front);
-    for (name, role) in [("system", Role::System), ("user", Role::User), ("assistant", Role::Assistant)] {
+    for role in Role::ALL {
+        let name = role.name();
         front.method(name, &["parts: String", "Message"], move |part: ImmutableString| ScriptMessage {
             role,
             parts: vec![part],
@@ -273,10 +318,40 @@ fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Shared) {
     }
     front.method("skip", &["reason: String", "Verdict"], |reason: ImmutableString| Verdict::Skip(reason));
     front.method("fail", &["reason: String", "Verdict"], |reason: ImmutableString| Verdict::Fail(reason));
+    front.property("role", &["self: Message", "String"], |this: &mut ScriptMessage| -> ImmutableString {
+        this.role.name().into()
+    });
+    front.property("text", &["self: Message", "String"], |this: &mut ScriptMessage| -> ImmutableString {
+        match &this.parts[..] {
+            [part] => part.clone(),
+            parts => parts.iter().map(ImmutableString::as_str).collect::<String>().into(),
+        }
+    });
+    front.property("parts", &["self: Message", "Array"], |this: &mut ScriptMessage| -> Array {
+        this.parts.iter().map(|part| part.clone().into()).collect()
+    });
+    front.method(
+        "wrap",
+        &["self: Message", "before: String", "after: String", "Message"],
+        |this: &mut ScriptMessage, before: ImmutableString, after: ImmutableString| {
+            let mut message = this.clone();
+            if !before.is_empty() {
+                message.parts.insert(0, before);
+            }
+            if !after.is_empty() {
+                message.parts.push(after);
+            }
+            message
+        },
+    );
     front
         .engine
         .register_type_with_name::<ScriptMessage>("Message")
         .register_type_with_name::<Verdict>("Verdict")
+        .register_set("parts", |this: &mut ScriptMessage, parts: Array| -> RhaiResult<()> {
+            this.parts = text_parts("parts", parts)?;
+            Ok(())
+        })
         .register_set("train", |message: &mut ScriptMessage, train: bool| message.train = Some(train));
     front.finish()
 }
@@ -298,6 +373,7 @@ struct ScriptRows {
     shared: Shared,
     script: AST,
     has_configure: bool,
+    /// The columns that `render` sees.
     columns: Vec<String>,
     blame: Blame,
     failure: Option<Error>,
@@ -320,11 +396,15 @@ impl ScriptRows {
         })
     }
 
-    fn render_row(&mut self, row: &Row) -> Result<Outcome> {
+    fn render_row(&mut self, row: Row) -> Result<Outcome> {
         self.blame.place = Some(format!("on row {}", row.id));
-        let cells = row.cells.iter().map(|cell| match cell {
-            Some(text) => ImmutableString::from(text.as_str()).into(),
-            None => Dynamic::UNIT,
+        let cells = row.cells.into_iter().map(|cell| match cell {
+            Cell::Text(text) => ImmutableString::from(text).into(),
+            Cell::None => Dynamic::UNIT,
+            Cell::Messages(messages) => {
+                let messages: Array = messages.into_iter().map(|m| Dynamic::from(ScriptMessage::from(m))).collect();
+                messages.into()
+            }
         });
         let map: Map = self.columns.iter().map(|column| column.as_str().into()).zip(cells).collect();
         let outcome = self.call("render", map.into())?;
@@ -352,27 +432,56 @@ impl ScriptRows {
     }
 }
 
+impl From<Message> for ScriptMessage {
+    fn from(Message { role, parts, train }: Message) -> Self {
+        Self { role, parts: parts.into_iter().map(ImmutableString::from).collect(), train }
+    }
+}
+
 impl RowTemplate for ScriptRows {
-    fn configure(&mut self, columns: &[String]) -> Result<()> {
-        self.columns = columns.to_vec();
+    fn configure(&mut self, columns: &[String]) -> Result<Vec<String>> {
+        // Without a word of its own it sees the config's columns; where there are none, the conversation.
+        let named = columns.iter().filter(|column| *column != MESSAGES).cloned();
+        self.columns = named.collect();
+        if self.columns.is_empty() {
+            self.columns = columns.to_vec();
+        }
         if self.has_configure {
             self.blame.place = Some(format!("on the columns {}", columns.join(", ")));
-            let columns: Array = columns.iter().map(|column| Dynamic::from(column.clone())).collect();
-            if let Err(error) = self.call("configure", columns.into()) {
-                self.failure = Some(error.clone());
-                return Err(error);
+            let argument: Array = columns.iter().map(|column| Dynamic::from(column.clone())).collect();
+            let chosen = self.call("configure", argument.into()).and_then(|chosen| self.chosen(chosen));
+            if let Some(chosen) = chosen.inspect_err(|error| self.failure = Some(error.clone()))? {
+                self.columns = chosen;
             }
         }
-        Ok(())
+        Ok(self.columns.clone())
     }
 
-    fn render(&mut self, rows: &[Row]) -> Result<Vec<Outcome>> {
+    fn render(&mut self, rows: Vec<Row>) -> Result<Vec<Outcome>> {
         if let Some(failure) = &self.failure {
             return Err(failure.clone());
         }
-        rows.iter()
+        rows.into_iter()
             .map(|row| self.render_row(row))
             .collect::<Result<_>>()
             .inspect_err(|error: &Error| self.failure = Some(error.clone()))
+    }
+}
+
+impl ScriptRows {
+    /// The columns that `configure` gave back; nothing leaves the choice to the host.
+    fn chosen(&self, chosen: Dynamic) -> Result<Option<Vec<String>>> {
+        if chosen.is_unit() {
+            return Ok(None);
+        }
+        let wrong = |kind: &str| {
+            self.blame
+                .error()
+                .cause(format!("`configure` gave back {kind}, not an array of column names"))
+                .hint("give back those that `render` reads, such as `[\"messages\"]`, or nothing")
+        };
+        let columns = chosen.into_array().map_err(wrong)?;
+        let name = |column: Dynamic| column.into_string().map_err(|kind| wrong(&format!("an array with a {kind}")));
+        columns.into_iter().map(name).collect::<Result<_>>().map(Some)
     }
 }

@@ -68,7 +68,8 @@ fn keys(batch: &MicroBatch, seed: DropoutSeed) -> Vec<i64> {
     let mut keys = Vec::with_capacity(batch.tokens.len());
     for (document, bounds) in batch.cu_seqlens.windows(2).enumerate() {
         let sample = splitmix(base ^ u64::from(batch.sample_ids[document]));
-        keys.extend((0..bounds[1] - bounds[0]).map(|position| splitmix(sample ^ position as u64) as i64));
+        let positions = &batch.positions[bounds[0] as usize..bounds[1] as usize];
+        keys.extend(positions.iter().map(|position| splitmix(sample ^ *position as u64) as i64));
     }
     keys
 }

@@ -1,11 +1,10 @@
 //! From a plan to a [`Run`]: data, model, adapter, optimizer, and the checkpoint to go on from.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Instant;
 
 use host::config::plan::{DatasetPlan, SchedulePlan, TrainPlan};
-use host::data::template::OpenTemplate;
+use host::data::template::Templates;
 use host::data::{self, BatchLayout, Order, Tokenized};
 use host::hf::{ModelConfig, WeightIndex};
 use host::tokenizer::Tokenizer;
@@ -29,9 +28,10 @@ use crate::{device, torch};
 /// What the worker's start-up hands to a run besides the plan.
 pub struct Inputs {
     pub env: WorkerEnv,
-    pub template: Arc<dyn OpenTemplate + Send + Sync>,
-    /// The validation set's.
-    pub template_val: Option<Arc<dyn OpenTemplate + Send + Sync>>,
+    /// Of each data set.
+    pub templates: Vec<Templates>,
+    /// Of each data set that is measured on.
+    pub templates_val: Vec<Templates>,
     pub stop: StopFlag,
     /// The recipe's content, recorded beside checkpoints.
     pub recipe_digest: String,
@@ -106,8 +106,8 @@ impl Run {
         let tokenizer = Tokenizer::of(&plan.tokenizer)?;
         // Ranks of one machine share what the first of them caches; when that fails, the others need not read all rows to
         // find the same mistake.
-        let load = |rows: &DatasetPlan, template: &Arc<dyn OpenTemplate + Send + Sync>| {
-            let prepare = || data::prepare(rows, &plan.tokenizer, &tokenizer, template.as_ref());
+        let load = |rows: &[DatasetPlan], templates: &[Templates]| {
+            let prepare = || data::prepare(rows, &plan.tokenizer, &tokenizer, templates);
             let made = (inputs.env.local_rank == 0).then(prepare);
             let failed = group.which(matches!(made, Some(Err(_))))?;
             match made {
@@ -116,9 +116,9 @@ impl Run {
                 None => Err(dist::stopped("the data could not be read")),
             }
         };
-        let training = load(&plan.dataset, &inputs.template)?;
-        let validation = plan.dataset_val.as_ref().zip(inputs.template_val.as_ref());
-        let validation = validation.map(|(rows, template)| load(rows, template)).transpose();
+        let training = load(&plan.dataset, &inputs.templates)?;
+        let is_measured = !plan.dataset_val.is_empty();
+        let validation = is_measured.then(|| load(&plan.dataset_val, &inputs.templates_val)).transpose();
         let validation = validation.map_err(|error| error.cause("these are the validation rows, `dataset_val`"))?;
         let tokens = Tokens { training, validation, pad: i64::from(tokenizer.pad()) };
         Self::with_data(plan, inputs, tokens, device, group)
@@ -162,10 +162,12 @@ impl Run {
             tracing::info!(
                 "model: {layers} layers, {all} parameters, {trainable} trainable ({share:.2}%), {dtype} on {device}, loaded in {seconds:.2} s"
             );
-            let (rows, samples, epochs) = (data.len(), position.samples_per_step, plan.epochs);
-            tracing::info!(
-                "data: {rows} rows, {steps_per_epoch} steps an epoch of {samples} samples, epochs: {epochs}"
-            );
+            let (elements, samples, epochs) = (data.len(), position.samples_per_step, plan.epochs);
+            let (rows, noun) = match plan.dataset.first().is_some_and(|dataset| dataset.packing.is_some()) {
+                true => (format!("{} rows in {elements} packs", data.num_samples()), "packs"),
+                false => (format!("{elements} rows"), "samples"),
+            };
+            tracing::info!("data: {rows}, {steps_per_epoch} steps an epoch of {samples} {noun}, epochs: {epochs}");
             let steps = epochs * steps_per_epoch;
             if let SchedulePlan::Cosine { num_warmup_steps: warmup, .. } = plan.schedule
                 && warmup >= steps
@@ -385,12 +387,12 @@ fn record(plan: &TrainPlan, inputs: &Inputs, position: &Position) -> serde_json:
         "overrides": plan.overrides,
         "recipe": plan.recipe.path,
         "recipe_digest": inputs.recipe_digest,
-        "template_digest": inputs.template.digest(),
+        "template_digest": inputs.templates.iter().map(Templates::digest).collect::<Vec<_>>().join(" "),
         "seed": position.seed,
         "world_size": inputs.env.world_size,
         "samples_per_step": position.samples_per_step,
         "data_digest": position.identity.data_digest,
-        "hub_data": plan.dataset.hub,
+        "hub_data": plan.dataset.iter().filter_map(|dataset| dataset.hub.as_ref()).collect::<Vec<_>>(),
         "prompt_template": plan.tokenizer.prompt_template,
         "tokenizer": plan.tokenizer.path,
     })

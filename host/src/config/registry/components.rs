@@ -132,39 +132,90 @@ const fn tokenizer(
     Component { role: Role::Tokenizer, name, aliases, keys, refused: None, doc }
 }
 
+const OLD_LENGTH: Key = optional("max_seq_len", POSITIVE, "v0.2.1: what `tokenizer.max_seq_len` is now.");
+const TRAIN_ON_INPUT: Key = key("train_on_input", Type::Bool, "False", "Whether the prompt carries loss.");
+const NEW_SYSTEM_PROMPT: Key =
+    optional("new_system_prompt", Type::Text, "A system message, in place of any that the rows have.");
+const CHAT_FORMAT: Key =
+    optional("chat_format", Type::Any, "v0.2.1: a template of this data set; its text is one piece.");
+
+const fn source(default: &'static str) -> Key {
+    key("source", Type::Text, default, SOURCE)
+}
+
 const INSTRUCT: &[Key] = &[
     required("source", Type::Text, SOURCE),
-    key("train_on_input", Type::Bool, "False", "Whether the prompt carries loss."),
+    TRAIN_ON_INPUT,
     optional("template", Type::Any, "v0.2.1: a template of this data set; its text is one piece."),
-    optional("max_seq_len", POSITIVE, "v0.2.1: what `tokenizer.max_seq_len` is now."),
+    NEW_SYSTEM_PROMPT,
+    OLD_LENGTH,
 ];
+const SAMSUM: &[Key] = &[source("Samsung/samsum"), TRAIN_ON_INPUT, NEW_SYSTEM_PROMPT];
+const GRAMMAR: &[Key] = &[source("liweili/c4_200m"), TRAIN_ON_INPUT, NEW_SYSTEM_PROMPT];
 
 const ALPACA: &[Key] = &[
-    key("source", Type::Text, "tatsu-lab/alpaca", SOURCE),
+    source("tatsu-lab/alpaca"),
     key("train_on_input", Type::Bool, "True", "Whether the prompt carries loss."),
-    optional("max_seq_len", POSITIVE, "v0.2.1: what `tokenizer.max_seq_len` is now."),
+    OLD_LENGTH,
+];
+const ALPACA_CLEANED: &[Key] = &[
+    source("yahma/alpaca-cleaned"),
+    key("train_on_input", Type::Bool, "True", "Whether the prompt carries loss."),
+    OLD_LENGTH,
 ];
 
-const ALPACA_CLEANED: &[Key] = &[
-    key("source", Type::Text, "yahma/alpaca-cleaned", SOURCE),
-    key("train_on_input", Type::Bool, "True", "Whether the prompt carries loss."),
-    optional("max_seq_len", POSITIVE, "v0.2.1: what `tokenizer.max_seq_len` is now."),
+const CHAT: &[Key] = &[
+    required("source", Type::Text, SOURCE),
+    required("conversation_style", Type::OneOf(&["sharegpt", "openai"]), "How a turn says whose it is."),
+    optional("conversation_column", Type::Text, "The column of conversations; `conversations` or `messages` by style."),
+    TRAIN_ON_INPUT,
+    NEW_SYSTEM_PROMPT,
+    CHAT_FORMAT,
+    OLD_LENGTH,
+    refused("column_map", "give `conversation_column`"),
 ];
+const SLIMORCA: &[Key] = &[
+    source("Open-Orca/SlimOrca-Dedup"),
+    TRAIN_ON_INPUT,
+    NEW_SYSTEM_PROMPT,
+    CHAT_FORMAT,
+    OLD_LENGTH,
+    optional("column_map", Type::Any, "`{conversations: COLUMN}`."),
+];
+
+/// Of data sets whose rows are columns.
+const COLUMNS: &[Key] = &[optional("column_map", Type::Any, "Names the template knows to the columns of the data.")];
+
+const TEXT: &[Key] = &[
+    required("source", Type::Text, SOURCE),
+    key("column", Type::Text, "text", "The column of texts."),
+    key("add_eos", Type::Bool, "True", "Whether EOS ends a text."),
+    SPLIT_ACROSS_PACK,
+    OLD_LENGTH,
+];
+const WIKITEXT: &[Key] = &[
+    source("EleutherAI/wikitext_document_level"),
+    key("subset", Type::Text, "wikitext-103-v1", "The subset."),
+    SPLIT_ACROSS_PACK,
+    OLD_LENGTH,
+];
+const CNN_DAILYMAIL: &[Key] = &[source("ccdv/cnn_dailymail"), SPLIT_ACROSS_PACK, OLD_LENGTH];
+const SPLIT_ACROSS_PACK: Key =
+    key("split_across_pack", Type::Bool, "True", "A text that does not fit a pack goes on in the next.");
+
+/// Of data sets that say which subset they take.
+const SUBSET: &[Key] = &[optional("name", Type::Text, "The subset of a hub data set.")];
 
 /// Of every data set.
 const ROWS: &[Key] = &[
     optional("data_files", Type::Any, "A file, a list of files, or a mapping of split to files."),
     optional("field", Type::Text, "The field of a `json` file that holds the list of rows."),
-    optional("name", Type::Text, "The subset of a hub data set."),
     optional("revision", Type::Text, "The branch, tag or commit of a hub data set."),
     key("split", Type::Text, "train", "Which rows: `train`, `train[:2000]`, `train[90%:]+test`."),
-    optional("column_map", Type::Any, "Names the template knows to the columns of the data."),
     key("on_bad_row", Type::OneOf(&["error", "skip"]), "error", "What a row that cannot be used does."),
-    key("packed", Type::Bool, "False", "Samples packed to max_seq_len.")
-        .fixed("packs are not built yet; `layout: varlen` already computes no padding"),
+    key("packed", Type::Bool, "False", "Samples in packs of `tokenizer.max_seq_len` tokens; a batch counts packs."),
     key("trust_remote_code", Type::Bool, "False", "Run code of the data set.")
         .satisfied("no code of a data set is ever run"),
-    refused("new_system_prompt", "system messages are written by the template"),
     refused("filter_fn", "a config cannot name code; let the template skip rows"),
     refused("data_dir", "give `data_files`"),
 ];
@@ -246,6 +297,15 @@ const PROFILER: &[Key] = &[
     optional("num_cycles", COUNT, "Rounds of tracing.").class(Class::Quiet(PROFILER_OFF)),
 ];
 
+const fn dataset(
+    name: &'static str,
+    aliases: &'static [&'static str],
+    keys: &'static [&'static [Key]],
+    doc: &'static str,
+) -> Component {
+    Component { role: Role::Dataset, name, aliases, keys, refused: None, doc }
+}
+
 const fn template(name: &'static str, aliases: &'static [&'static str], doc: &'static str) -> Component {
     Component { role: Role::Template, name, aliases, keys: &[], refused: None, doc }
 }
@@ -324,14 +384,11 @@ const OTHERS: &[Component] = &[
         "models of the Gemma family are not built yet",
     ),
     // Templates: names of guests.
-    Component {
-        role: Role::Template,
-        name: "summarize",
-        aliases: &["SummarizeTemplate", "torchtune.data.SummarizeTemplate"],
-        keys: &[],
-        refused: None,
-        doc: "`Summarize this dialogue:` before the input, `Summary:` after it.",
-    },
+    template(
+        "summarize",
+        &["SummarizeTemplate", "torchtune.data.SummarizeTemplate"],
+        "`Summarize this dialogue:` before what is asked, `Summary:` after it.",
+    ),
     template(
         "alpaca",
         &["AlpacaInstructTemplate", "torchtune.data.AlpacaInstructTemplate"],
@@ -340,7 +397,7 @@ const OTHERS: &[Component] = &[
     template(
         "grammar",
         &["GrammarErrorCorrectionTemplate", "torchtune.data.GrammarErrorCorrectionTemplate"],
-        "`Correct this to standard English:` before the input, `Corrected:` after it.",
+        "`Correct this to standard English:` before what is asked, `Corrected:` after it.",
     ),
     template(
         "question_answer",
@@ -350,44 +407,120 @@ const OTHERS: &[Component] = &[
             "StackExchangedPairedTemplate",
             "torchtune.data.StackExchangedPairedTemplate",
         ],
-        "`Question:` before the input, `Answer:` after it.",
+        "`Question:` before what is asked, `Answer:` after it.",
+    ),
+    template(
+        "chatml",
+        &["ChatMLTemplate", "torchtune.data.ChatMLTemplate", "ChatMLFormat", "torchtune.data.ChatMLFormat"],
+        "`<|im_start|>role` before a message, `<|im_end|>` after it.",
+    ),
+    template(
+        "llama2_chat",
+        &[
+            "Llama2ChatTemplate",
+            "torchtune.models.llama2.Llama2ChatTemplate",
+            "torchtune.data.Llama2ChatTemplate",
+            "Llama2ChatFormat",
+            "torchtune.data.Llama2ChatFormat",
+        ],
+        "`[INST]` around a question, the system's message inside the first.",
+    ),
+    template(
+        "mistral_chat",
+        &[
+            "MistralChatTemplate",
+            "torchtune.models.mistral.MistralChatTemplate",
+            "torchtune.data.MistralChatTemplate",
+            "MistralChatFormat",
+            "torchtune.data.MistralChatFormat",
+        ],
+        "`[INST]` around a question; there is no system's message.",
     ),
     // Data sets.
-    Component {
-        role: Role::Dataset,
-        name: "instruct_dataset",
-        aliases: &["torchtune.datasets.instruct_dataset"],
-        keys: &[INSTRUCT, ROWS],
-        refused: None,
-        doc: "Rows of an input and an output.",
-    },
-    Component {
-        role: Role::Dataset,
-        name: "alpaca_dataset",
-        aliases: &["torchtune.datasets.alpaca_dataset"],
-        keys: &[ALPACA, ROWS],
-        refused: None,
-        doc: "Rows of an instruction, perhaps an input, and an output, in Alpaca's words.",
-    },
-    Component {
-        role: Role::Dataset,
-        name: "alpaca_cleaned_dataset",
-        aliases: &["torchtune.datasets.alpaca_cleaned_dataset"],
-        keys: &[ALPACA_CLEANED, ROWS],
-        refused: None,
-        doc: "`alpaca_dataset` over the cleaned rows.",
-    },
-    not_yet(
-        Role::Dataset,
+    dataset(
+        "instruct_dataset",
+        &["torchtune.datasets.instruct_dataset"],
+        &[INSTRUCT, COLUMNS, SUBSET, ROWS],
+        "Rows of an input and an output.",
+    ),
+    dataset(
+        "alpaca_dataset",
+        &["torchtune.datasets.alpaca_dataset"],
+        &[ALPACA, COLUMNS, SUBSET, ROWS],
+        "Rows of an instruction, perhaps an input, and an output, in Alpaca's words.",
+    ),
+    dataset(
+        "alpaca_cleaned_dataset",
+        &["torchtune.datasets.alpaca_cleaned_dataset"],
+        &[ALPACA_CLEANED, COLUMNS, SUBSET, ROWS],
+        "`alpaca_dataset` over the cleaned rows.",
+    ),
+    dataset(
+        "samsum_dataset",
+        &["torchtune.datasets.samsum_dataset"],
+        &[SAMSUM, COLUMNS, SUBSET, ROWS],
+        "Dialogues and their summaries.",
+    ),
+    dataset(
+        "grammar_dataset",
+        &["torchtune.datasets.grammar_dataset"],
+        &[GRAMMAR, COLUMNS, SUBSET, ROWS],
+        "Sentences and their corrections.",
+    ),
+    dataset(
         "chat_dataset",
         &["torchtune.datasets.chat_dataset"],
-        "only instruct and alpaca data sets are read yet",
+        &[CHAT, SUBSET, ROWS],
+        "Rows that hold a conversation.",
+    ),
+    dataset(
+        "slimorca_dataset",
+        &["torchtune.datasets.slimorca_dataset"],
+        &[SLIMORCA, SUBSET, ROWS],
+        "`chat_dataset` over SlimOrca.",
+    ),
+    dataset(
+        "text_completion_dataset",
+        &["torchtune.datasets.text_completion_dataset"],
+        &[TEXT, SUBSET, ROWS],
+        "Texts to be continued, without messages.",
+    ),
+    dataset(
+        "wikitext_dataset",
+        &["torchtune.datasets.wikitext_dataset"],
+        &[WIKITEXT, ROWS],
+        "`text_completion_dataset` over Wikipedia's articles.",
+    ),
+    dataset(
+        "cnn_dailymail_articles_dataset",
+        &["torchtune.datasets.cnn_dailymail_articles_dataset"],
+        &[CNN_DAILYMAIL, ROWS],
+        "`text_completion_dataset` over news.",
     ),
     not_yet(
         Role::Dataset,
-        "text_completion_dataset",
-        &["torchtune.datasets.text_completion_dataset"],
-        "only instruct and alpaca data sets are read yet",
+        "preference_dataset",
+        &[
+            "torchtune.datasets.preference_dataset",
+            "hh_rlhf_helpful_dataset",
+            "torchtune.datasets.hh_rlhf_helpful_dataset",
+            "stack_exchange_paired_dataset",
+            "torchtune.datasets.stack_exchange_paired_dataset",
+            "stack_exchanged_paired_dataset",
+            "torchtune.datasets.stack_exchanged_paired_dataset",
+        ],
+        "pairs are for preference training, which is not built yet",
+    ),
+    not_yet(
+        Role::Dataset,
+        "multimodal_chat_dataset",
+        &[
+            "torchtune.datasets.multimodal.multimodal_chat_dataset",
+            "torchtune.datasets.multimodal.the_cauldron_dataset",
+            "torchtune.datasets.multimodal.llava_instruct_dataset",
+            "torchtune.datasets.multimodal.vqa_dataset",
+        ],
+        "images are not read yet",
     ),
     // Checkpointers.
     Component {

@@ -35,8 +35,8 @@ const COMPILE_PARTS: &str = "nothing is compiled at run time: the first step is 
 pub const TRAIN: &[Key] = &[
     required("output_dir", Type::Text, OUTPUT_DIR),
     required("tokenizer", Type::Component(Role::Tokenizer), "How text becomes tokens."),
-    required("dataset", Type::Component(Role::Dataset), "What to train on."),
-    optional("dataset_val", Type::Component(Role::Dataset), "What to measure on."),
+    required("dataset", Type::Components(Role::Dataset), "What to train on; of several the rows follow each other."),
+    optional("dataset_val", Type::Components(Role::Dataset), "What to measure on."),
     optional("run_val_every_n_steps", POSITIVE, "Validate every this many steps, besides before and after the run."),
     optional("seed", SEED, "Decides order, dropout and starting weights; null draws one."),
     key("shuffle", Type::Bool, "True", "Whether each epoch has its own order."),
@@ -125,7 +125,8 @@ pub const TRAIN: &[Key] = &[
     key("context_parallel_rotate_method", Type::Text, "allgather", "How context parallel ranks talk.")
         .satisfied("sequences are not split"),
     refused("cudnn_deterministic_mode", "deterministic kernels cannot be demanded yet"),
-    refused("batch_size_val", "validation takes whole samples by a token budget"),
+    optional("batch_size_val", POSITIVE, "Samples of one rank in one batch of validation.")
+        .satisfied("validation takes whole samples by a token budget, and the mean is over their tokens"),
 ];
 
 pub const GENERATE: &[Key] = &[

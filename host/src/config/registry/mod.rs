@@ -70,6 +70,8 @@ pub enum Type {
     TextsOf(&'static [&'static str]),
     Section(&'static [Key]),
     Component(Role),
+    /// One component, or a list of them.
+    Components(Role),
     /// Any scalar, list or mapping; whoever reads it checks it.
     Any,
 }
@@ -90,6 +92,7 @@ impl Type {
             Type::TextsOf(names) => format!("a list of {}", quoted(*names)),
             Type::Section(_) => "a section of keys".into(),
             Type::Component(role) => format!("a section with `_component_: {}`", role.noun()),
+            Type::Components(role) => format!("a section with `_component_: {}`, or a list of such", role.noun()),
             Type::Any => "a value".into(),
         }
     }

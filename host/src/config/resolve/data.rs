@@ -1,17 +1,28 @@
-//! A data set section: which files, which rows, which columns.
+//! A data set section: which files, which rows, what a row is.
 
 use std::path::{Path, PathBuf};
 
-use super::super::plan::{DataFile, DataFormat, DatasetPlan, HubDataPlan, OnBadRow, TemplatePlan};
+use super::super::Notice;
+use super::super::plan::{
+    ChatStyle, ColumnPlan, DataFile, DataFormat, DatasetPlan, HubDataPlan, OnBadRow, PackingPlan, RowsPlan,
+    TemplatePlan,
+};
 use super::super::section::{Found, Reported, Section};
 use super::super::yaml::{Node, Tree};
 use super::data_files::{by_names, format_of};
 use super::{Surroundings, parts};
 
-pub fn dataset(section: &Section<'_>, cache_dir: &Path, around: &Surroundings<'_>) -> Found<DatasetPlan> {
+/// `max_seq_len` is the tokenizer's, which packs are filled to.
+pub fn dataset(
+    section: &Section<'_>,
+    max_seq_len: Option<usize>,
+    cache_dir: &Path,
+    around: &Surroundings<'_>,
+    notices: &mut Vec<Notice>,
+) -> Found<DatasetPlan> {
     let source = source(section, around);
-    let template = template(section, around);
-    let column_map = column_map(section, template.as_ref().ok().and_then(Option::as_ref));
+    let rows = rows(section, around);
+    let packing = packing(section, max_seq_len);
     let split = section.get::<String>("split");
     if let (Ok(Source { files, hub: None, .. }), Ok(split)) = (&source, &split) {
         check_split(section, split, files)?;
@@ -21,19 +32,54 @@ pub fn dataset(section: &Section<'_>, cache_dir: &Path, around: &Surroundings<'_
         "skip" => OnBadRow::Skip,
         _ => return Err(Reported),
     };
-    let train_on_input = section.get("train_on_input")?;
+    let knows = |name: &str| section.knows(name);
+    let train_on_input = if knows("train_on_input") { section.get("train_on_input")? } else { true };
+    let new_system_prompt = if knows("new_system_prompt") { section.get("new_system_prompt")? } else { None };
+    if let Some(template) = old_template(section) {
+        notices.push(Notice {
+            message: format!(
+                "`{}` wraps no text around its rows, as torchtune 0.6; v0.2.1 took {template}: set `tokenizer.prompt_template` to it",
+                section.component_name()
+            ),
+            location: section.reader.config.locate(&section.path("_component_")),
+        });
+    }
     let Source { files, format, hub } = source?;
     Ok(DatasetPlan {
         files,
         format,
         hub,
         split: split?,
-        column_map: column_map?,
-        template: template?.map(|(plan, _)| plan),
+        rows: rows?,
+        new_system_prompt,
         train_on_input,
         on_bad_row,
+        packing: packing?,
         cache_dir: cache_dir.to_owned(),
     })
+}
+
+/// The template that v0.2.1 built into a data set which has none now, unless the config names one.
+fn old_template(section: &Section<'_>) -> Option<&'static str> {
+    let template = match section.component_name() {
+        "samsum_dataset" => "SummarizeTemplate",
+        "grammar_dataset" => "GrammarErrorCorrectionTemplate",
+        _ => return None,
+    };
+    let tokenizer = section.reader.config.root.at("tokenizer.prompt_template");
+    tokenizer.is_none_or(Node::is_null).then_some(template)
+}
+
+fn packing(section: &Section<'_>, max_seq_len: Option<usize>) -> Found<Option<PackingPlan>> {
+    if !section.get::<bool>("packed")? {
+        return Ok(None);
+    }
+    let Some(max_seq_len) = max_seq_len else {
+        let message = format!("`{}` needs `tokenizer.max_seq_len`: packs are of that length", section.path("packed"));
+        return Err(section.fail("packed", message, "`tokenizer.max_seq_len=2048`"));
+    };
+    let split_across_pack = section.knows("split_across_pack") && section.get("split_across_pack")?;
+    Ok(Some(PackingPlan { max_seq_len, split_across_pack }))
 }
 
 /// Where rows come from: files, and their format; or the hub, which is asked later.
@@ -47,7 +93,11 @@ fn source(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Source> {
     let source = section.get::<String>("source")?;
     let data_files = data_files(section)?;
     let field = section.get::<Option<String>>("field")?;
-    let name = section.get::<Option<String>>("name")?;
+    let name = match section.component_name() {
+        "wikitext_dataset" => Some(section.get("subset")?),
+        "cnn_dailymail_articles_dataset" => Some("3.0.0".to_owned()),
+        _ => section.get::<Option<String>>("name")?,
+    };
     let revision = section.get::<Option<String>>("revision")?;
     let is_hub = is_hub_name(&source) && !around.is_folder(Path::new(&source)) && !around.is_file(Path::new(&source));
     if is_hub {
@@ -212,60 +262,116 @@ fn check_split(section: &Section<'_>, split: &str, files: &[DataFile]) -> Found<
     Ok(())
 }
 
-/// The template that belongs to the data set, and what v0.2.1 calls its input: `template` of an instruct data set, Alpaca's
-/// own of the alpaca ones.
-fn template(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Option<(TemplatePlan, &'static str)>> {
-    if !section.knows("template") {
-        let guest = parts::guest_ref(section, "_component_", "alpaca", around)?;
-        return Ok(Some((TemplatePlan { guest, joined: false }, "input")));
+fn rows(section: &Section<'_>, around: &Surroundings<'_>) -> Found<RowsPlan> {
+    let text = |column: &str, add_eos| Ok(RowsPlan::Text { column: column.to_owned(), add_eos });
+    match section.component_name() {
+        "text_completion_dataset" => {
+            Ok(RowsPlan::Text { column: section.get("column")?, add_eos: section.get("add_eos")? })
+        }
+        "wikitext_dataset" => text("page", true),
+        "cnn_dailymail_articles_dataset" => text("article", true),
+        "chat_dataset" => {
+            let style = match section.get::<String>("conversation_style")?.as_str() {
+                "openai" => ChatStyle::OpenAi,
+                _ => ChatStyle::ShareGpt,
+            };
+            let usual = if style == ChatStyle::OpenAi { "messages" } else { "conversations" };
+            let column = section.get::<Option<String>>("conversation_column")?.unwrap_or(usual.to_owned());
+            Ok(RowsPlan::Chat { column, style, template: chat_format(section, around)? })
+        }
+        "slimorca_dataset" => {
+            let column = column_map(section, &[Expected::needed("conversations")], &[])?.remove(0).column;
+            Ok(RowsPlan::Chat { column, style: ChatStyle::ShareGpt, template: chat_format(section, around)? })
+        }
+        "alpaca_dataset" | "alpaca_cleaned_dataset" => {
+            let guest = parts::guest_ref(section, "_component_", "alpaca", around)?;
+            // Not every instruction has an input.
+            let input = Expected { optional: true, ..Expected::needed("input") };
+            let expected = [Expected::needed("instruction"), input, Expected::needed("output")];
+            let columns = column_map(section, &expected, &[])?;
+            Ok(RowsPlan::Columns { columns, template: Some(TemplatePlan { guest, joined: false }) })
+        }
+        "samsum_dataset" => instruct(section, None, ["dialogue", "summary"], &[]),
+        "instruct_dataset" => {
+            let template = parts::template(section, "template", around)?;
+            // What v0.2.1's templates called their input, and took where no map named a column.
+            let old = template.as_ref().map(|guest| match guest.path.file_stem().and_then(|stem| stem.to_str()) {
+                Some("summarize") => "dialogue",
+                Some("grammar") => "sentence",
+                Some("question_answer") => "question",
+                _ => "input",
+            });
+            let template = template.map(|guest| TemplatePlan { guest, joined: true });
+            instruct(section, template, [old.unwrap_or("input"), "output"], &Vec::from_iter(old))
+        }
+        _ => instruct(section, None, ["input", "output"], &[]),
     }
-    let Some(guest) = parts::template(section, "template", around)? else { return Ok(None) };
-    let input = match guest.path.file_stem().and_then(|stem| stem.to_str()) {
-        Some("summarize") => "dialogue",
-        Some("grammar") => "sentence",
-        Some("question_answer") => "question",
-        _ => "input",
-    };
-    Ok(Some((TemplatePlan { guest, joined: true }, input)))
 }
 
-/// Every name or none; torchtune refuses partial maps too. Under a v0.2.1 template the input may have that template's name.
-fn column_map(section: &Section<'_>, template: Option<&(TemplatePlan, &'static str)>) -> Found<Vec<(String, String)>> {
-    let joined = template.is_some_and(|(plan, _)| plan.joined);
-    let old_input = template.map_or("input", |(_, input)| input);
-    let (expected, example): (&[&'static str], _) = match template {
-        Some((plan, _)) if !plan.joined => {
-            (&["instruction", "input", "output"], "`column_map: {instruction: prompt, input: context, output: answer}`")
-        }
-        _ => (&["input", "output"], "`column_map: {input: document, output: summary}`"),
+/// Rows of an input and an output; their columns where no map names any, and another name of the input.
+fn instruct(
+    section: &Section<'_>,
+    template: Option<TemplatePlan>,
+    [input, output]: [&'static str; 2],
+    aliases: &[&'static str],
+) -> Found<RowsPlan> {
+    let expected = [
+        Expected { default: input, ..Expected::needed("input") },
+        Expected { default: output, ..Expected::needed("output") },
+    ];
+    Ok(RowsPlan::Columns { columns: column_map(section, &expected, aliases)?, template })
+}
+
+/// v0.2.1's `chat_format`: one string, encoded once.
+fn chat_format(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Option<TemplatePlan>> {
+    Ok(parts::template(section, "chat_format", around)?.map(|guest| TemplatePlan { guest, joined: true }))
+}
+
+/// A name that a column map gives a column.
+#[derive(Clone, Copy)]
+struct Expected {
+    name: &'static str,
+    /// The column without a map.
+    default: &'static str,
+    optional: bool,
+}
+
+impl Expected {
+    fn needed(name: &'static str) -> Self {
+        Self { name, default: name, optional: false }
+    }
+}
+
+/// Every name or none; torchtune refuses partial maps too. `aliases` are other names of the first.
+fn column_map(section: &Section<'_>, expected: &[Expected], aliases: &[&'static str]) -> Found<Vec<ColumnPlan>> {
+    let plan = |expected: &Expected, column: &str| ColumnPlan {
+        name: expected.name.to_owned(),
+        column: column.to_owned(),
+        optional: expected.optional,
     };
     let Some(node) = section.node("column_map")? else {
-        let column = |name: &&'static str| if joined && *name == "input" { old_input } else { *name };
-        return Ok(expected.iter().map(|name| ((*name).to_owned(), column(name).to_owned())).collect());
+        return Ok(expected.iter().map(|expected| plan(expected, expected.default)).collect());
     };
     let path = section.path("column_map");
-    let names = || format!("`{}`", expected.join("`, `"));
+    let list = |separator: &str| expected.iter().map(|expected| expected.name).collect::<Vec<_>>().join(separator);
+    let names = format!("`{}`", list("`, `"));
+    let example = format!("`column_map: {{{}: COLUMN}}`", list(": COLUMN, "));
+    let fail = |message: String| Err(section.fail("column_map", message, example.clone()));
     if !node.is_map() {
-        let message = format!("`{path}` must map {} to columns, found {}", names(), node.describe());
-        return Err(section.fail("column_map", message, example));
+        return fail(format!("`{path}` must map {names} to columns, found {}", node.describe()));
     }
-    let known = |key: &str| expected.contains(&key) || (joined && key == old_input);
+    let known = |key: &str| expected.iter().any(|expected| expected.name == key) || aliases.contains(&key);
     if let Some(entry) = node.entries().iter().find(|entry| !known(&entry.key)) {
-        let message = format!("`{path}` maps `{}`, and this data set has {}", entry.key, names());
-        return Err(section.fail("column_map", message, example));
+        return fail(format!("`{path}` maps `{}`, and this data set has {names}", entry.key));
     }
-    let column = |name: &str| node.child(name).and_then(Node::as_str).map(str::to_owned);
-    let mut map = Vec::new();
-    for name in expected {
-        let found = column(name).or_else(|| if joined && *name == "input" { column(old_input) } else { None });
-        // Not every instruction has an input; without a column for it none has.
-        match found {
-            Some(column) => map.push(((*name).to_owned(), column)),
-            None if expected.len() == 3 && *name == "input" => {}
-            None => {
-                let message = format!("`{path}` must give a column for `{name}`");
-                return Err(section.fail("column_map", message, example));
-            }
+    let column = |name: &str| node.child(name).and_then(Node::as_str);
+    let mut map = vec![];
+    for (index, expected) in expected.iter().enumerate() {
+        let alias = || aliases.iter().filter(|_| index == 0).find_map(|alias| column(alias));
+        match column(expected.name).or_else(alias) {
+            Some(column) => map.push(plan(expected, column)),
+            None if expected.optional => {}
+            None => return fail(format!("`{path}` must give a column for `{}`", expected.name)),
         }
     }
     Ok(map)

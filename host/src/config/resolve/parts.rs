@@ -119,22 +119,21 @@ fn lora(section: &Section<'_>) -> Found<Option<LoraPlan>> {
 
 pub fn tokenizer(root: &Section<'_>, around: &Surroundings<'_>) -> Found<TokenizerPlan> {
     let section = root.component("tokenizer")?;
-    let (format, own_texts) = match section.component_name() {
-        "llama3_tokenizer" => (MessageFormat::Llama3, TurnTexts::None),
-        "llama2_tokenizer" => (MessageFormat::Turns, TurnTexts::Llama2Chat),
-        "mistral_tokenizer" => (MessageFormat::Turns, TurnTexts::MistralChat),
-        "qwen2_tokenizer" => (MessageFormat::Qwen2, TurnTexts::None),
-        "qwen2_5_tokenizer" => (MessageFormat::Qwen2_5, TurnTexts::None),
-        "qwen3_tokenizer" => (MessageFormat::Qwen3, TurnTexts::None),
-        "HuggingFaceModelTokenizer" => (MessageFormat::ChatTemplate, TurnTexts::None),
-        _ => (MessageFormat::Plain, TurnTexts::None),
+    // A family's own template, where the config says nothing of one.
+    let (format, own) = match section.component_name() {
+        "llama3_tokenizer" => (MessageFormat::Llama3, None),
+        "llama2_tokenizer" => (MessageFormat::Turns, Some("llama2_chat")),
+        "mistral_tokenizer" => (MessageFormat::Turns, Some("mistral_chat")),
+        "qwen2_tokenizer" => (MessageFormat::Qwen2, None),
+        "qwen2_5_tokenizer" => (MessageFormat::Qwen2_5, None),
+        "qwen3_tokenizer" => (MessageFormat::Qwen3, None),
+        "HuggingFaceModelTokenizer" => (MessageFormat::ChatTemplate, None),
+        _ => (MessageFormat::Plain, None),
     };
     let (turn_texts, prompt_template) = match turn_texts(&section, format) {
         Ok(Some(texts)) => (Ok(texts), Ok(None)),
-        Ok(None) if section.is_given("prompt_template") => {
-            (Ok(TurnTexts::None), template(&section, "prompt_template", around))
-        }
-        Ok(None) => (Ok(own_texts), Ok(None)),
+        Ok(None) if section.is_given("prompt_template") => (Ok(vec![]), template(&section, "prompt_template", around)),
+        Ok(None) => (Ok(vec![]), own.map(|own| guest_ref(&section, "_component_", own, around)).transpose()),
         Err(reported) => (Err(reported), Ok(None)),
     };
     let key = if format == MessageFormat::ChatTemplate { "tokenizer_json_path" } else { "path" };
@@ -163,26 +162,17 @@ pub fn tokenizer(root: &Section<'_>, around: &Surroundings<'_>) -> Found<Tokeniz
     })
 }
 
-/// A `prompt_template` that is texts and no guest: a family's own by its name, or `{role: [before, after]}`.
+/// A `prompt_template` that is texts and no guest: `{role: [before, after]}`.
 fn turn_texts(section: &Section<'_>, format: MessageFormat) -> Found<Option<TurnTexts>> {
     const KEY: &str = "prompt_template";
-    const PATHS: [&str; 3] = ["torchtune.data.", "torchtune.models.llama2.", "torchtune.models.mistral."];
     let Some(node) = section.node(KEY)? else { return Ok(None) };
     if let Some(name) = node.as_str() {
-        let name = PATHS.iter().find_map(|path| name.strip_prefix(path)).unwrap_or(name);
-        let chat_ml = |role: Speaker| (role, [format!("<|im_start|>{}\n", role.name()), "<|im_end|>\n".to_owned()]);
-        return match name {
-            "Llama2ChatTemplate" | "Llama2ChatFormat" => Ok(Some(TurnTexts::Llama2Chat)),
-            "MistralChatTemplate" | "MistralChatFormat" => Ok(Some(TurnTexts::MistralChat)),
-            "ChatMLTemplate" | "ChatMLFormat" if format.is_qwen() => {
-                let message = format!("`{}` writes ChatML's tokens itself", section.component_name());
-                Err(section.fail(KEY, message, "leave `prompt_template` out, or put other texts there"))
-            }
-            "ChatMLTemplate" | "ChatMLFormat" => {
-                Ok(Some(TurnTexts::Roles([Speaker::System, Speaker::User, Speaker::Assistant].map(chat_ml).to_vec())))
-            }
-            _ => Ok(None),
-        };
+        let is_chatml = registry::component(name).is_some_and(|component| component.name == "chatml");
+        if is_chatml && format.is_qwen() {
+            let message = format!("`{}` writes ChatML's tokens itself", section.component_name());
+            return Err(section.fail(KEY, message, "leave `prompt_template` out, or put other texts there"));
+        }
+        return Ok(None);
     }
     if !node.is_map() || node.entry("_component_").is_some() {
         return Ok(None);
@@ -206,7 +196,7 @@ fn turn_texts(section: &Section<'_>, format: MessageFormat) -> Found<Option<Turn
             }
         }
     }
-    Ok(Some(TurnTexts::Roles(roles)))
+    Ok(Some(roles))
 }
 
 /// A registered name, a path to a guest, or `{_component_: either, …settings}`.

@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use super::super::plan::{ClipPlan, DataFormat, DiskFormat, Layout, MetricSink, SchedulePlan, TrainPlan};
+use super::super::plan::{
+    ChatStyle, ClipPlan, DataFormat, DatasetPlan, DiskFormat, Layout, MetricSink, PackingPlan, RowsPlan, SchedulePlan,
+    TrainPlan,
+};
 use super::super::registry::{Class, Role, components, keys};
 use super::*;
 
@@ -14,6 +17,9 @@ const GENERATE: &str = include_str!("../../../../configs/smollm2/135M_generate.y
 const DISK: &[&str] = &[
     "templates/summarize.wasm",
     "scripts/templates/alpaca.rhai",
+    "scripts/templates/chatml.rhai",
+    "scripts/templates/llama2_chat.rhai",
+    "scripts/templates/mistral_chat.rhai",
     ".demo/data/",
     ".demo/data/train.jsonl",
     ".demo/data/validation.jsonl",
@@ -53,6 +59,19 @@ fn plan(overrides: &[&str]) -> TrainPlan {
     }
 }
 
+/// The one data set of a plan.
+fn dataset(overrides: &[&str]) -> DatasetPlan {
+    let mut datasets = plan(overrides).dataset;
+    assert_eq!(datasets.len(), 1);
+    datasets.remove(0)
+}
+
+/// Of rows that are columns, the name and the column of each.
+fn columns(dataset: &DatasetPlan) -> Vec<(&str, &str)> {
+    let RowsPlan::Columns { columns, .. } = &dataset.rows else { panic!("{:?}", dataset.rows) };
+    columns.iter().map(|column| (column.name.as_str(), column.column.as_str())).collect()
+}
+
 fn mistakes(overrides: &[&str]) -> String {
     try_train(TRAIN, overrides).expect_err("the config should be refused").to_string()
 }
@@ -75,10 +94,9 @@ fn the_shipped_config_says_what_it_should() {
     assert_eq!(plan.tokenizer.path, Path::new(".demo/SmolLM2-135M-Instruct/tokenizer.json"));
     assert_eq!(plan.tokenizer.prompt_template.as_ref().unwrap().path, Path::new("templates/summarize.wasm"));
     assert_eq!(plan.tokens_per_microbatch, 1024);
-    assert_eq!(plan.dataset.files.len(), 2);
-    assert_eq!(plan.dataset.cache_dir, Path::new("/cache"));
-    assert_eq!(plan.dataset_val.as_ref().unwrap().split, "validation[:200]");
-    assert_eq!(plan.dataset_val.unwrap().column_map, plan.dataset.column_map);
+    let ([dataset], [measured]) = (&plan.dataset[..], &plan.dataset_val[..]) else { panic!("one of each") };
+    assert_eq!((dataset.files.len(), dataset.cache_dir.as_path()), (2, Path::new("/cache")));
+    assert_eq!((measured.split.as_str(), &measured.rows), ("validation[:200]", &dataset.rows));
     assert_eq!(plan.schedule, SchedulePlan::Cosine { num_warmup_steps: 6, num_cycles: 0.5 });
     assert_eq!((plan.optimizer.lr, plan.optimizer.betas, plan.optimizer.eps), (3e-4, (0.9, 0.999), 1e-8));
     assert_eq!(plan.checkpoint.output_dir, plan.output_dir);
@@ -149,11 +167,11 @@ fn the_reference_jobs_own_configs_resolve() {
         let plan = &resolved.plan;
         assert_eq!((plan.epochs, plan.batch_size, plan.gradient_accumulation_steps), (epochs, 2, 32));
         assert_eq!(plan.model.lora.as_ref().unwrap().targets, ["q_proj", "v_proj"]);
-        assert_eq!((plan.tokenizer.max_seq_len, plan.dataset.split.as_str()), (Some(2048), "train[:2000]"));
-        assert!(plan.dataset.template.as_ref().unwrap().joined && !plan.dataset.train_on_input);
-        let map = [("input", "document"), ("output", "summary")].map(|(a, b)| (a.to_owned(), b.to_owned()));
-        assert_eq!(plan.dataset.column_map, map);
-        assert_eq!(plan.dataset.hub.as_ref().unwrap().repo, "EdinburghNLP/xsum");
+        let dataset = &plan.dataset[0];
+        assert_eq!((plan.tokenizer.max_seq_len, dataset.split.as_str()), (Some(2048), "train[:2000]"));
+        assert!(dataset.rows.template().unwrap().joined && !dataset.train_on_input);
+        assert_eq!(columns(dataset), [("input", "document"), ("output", "summary")]);
+        assert_eq!(dataset.hub.as_ref().unwrap().repo, "EdinburghNLP/xsum");
         assert_eq!(plan.checkpoint.output_dir, Path::new("/tmp/lora_finetune_output"), "never the model's folder");
         let told = |what: &str| resolved.notices.iter().filter(|notice| notice.message.contains(what)).count();
         assert_eq!(told("no code of a data set is ever run"), 1);
@@ -176,14 +194,13 @@ fn the_old_dataset_section_resolves() {
         "~dataset_val",
         "~run_val_every_n_steps",
     ];
-    let found = plan(&old);
-    let template = found.dataset.template.unwrap();
+    assert_eq!(plan(&old).tokenizer.max_seq_len, Some(2048));
+    let found = dataset(&old);
+    let template = found.rows.template().unwrap();
     assert!(template.joined && template.guest.path == Path::new("templates/summarize.wasm"));
-    assert_eq!(found.tokenizer.max_seq_len, Some(2048));
-    let map = [("input".to_owned(), "document".to_owned()), ("output".to_owned(), "summary".to_owned())];
-    assert_eq!(found.dataset.column_map, map);
+    assert_eq!(columns(&found), [("input", "document"), ("output", "summary")]);
     let plain: Vec<&str> = old.iter().copied().chain(["~dataset.column_map"]).collect();
-    assert_eq!(plan(&plain).dataset.column_map[0].1, "dialogue");
+    assert_eq!(columns(&dataset(&plain))[0], ("input", "dialogue"));
     check_mistake(&["dataset.max_seq_len=99"], "`dataset.max_seq_len` is 99, and another is 512");
     check_mistake(&["dataset.column_map.dialogue=document"], "maps `dialogue`");
 }
@@ -191,11 +208,108 @@ fn the_old_dataset_section_resolves() {
 #[test]
 fn alpaca_brings_its_template_and_source() {
     let alpaca = ["dataset=torchtune.datasets.alpaca_dataset", "dataset.source=.demo/data", "~dataset.train_on_input"];
-    let found = plan(&[&alpaca[..], &["~dataset.column_map", "~dataset_val", "~run_val_every_n_steps"]].concat());
-    assert!(found.dataset.train_on_input, "torchtune's default");
-    let names: Vec<&str> = found.dataset.column_map.iter().map(|(name, _)| name.as_str()).collect();
-    assert_eq!(names, ["instruction", "input", "output"]);
-    assert!(!found.dataset.template.unwrap().joined);
+    let found = dataset(&[&alpaca[..], &["~dataset.column_map", "~dataset_val", "~run_val_every_n_steps"]].concat());
+    assert!(found.train_on_input, "torchtune's default");
+    let RowsPlan::Columns { columns, template } = found.rows else { panic!("{:?}", found.rows) };
+    let names: Vec<_> = columns.iter().map(|column| (column.name.as_str(), column.optional)).collect();
+    assert_eq!(names, [("instruction", false), ("input", true), ("output", false)]);
+    assert!(!template.unwrap().joined);
+}
+
+/// torchtune's other builders, with what they bring along.
+#[test]
+fn every_builder_says_what_a_row_is() {
+    let of = |text: &str| {
+        let argument = format!("dataset={text}");
+        dataset(&[&argument, "dataset_val=null", "~run_val_every_n_steps"])
+    };
+    let source = |dataset: &DatasetPlan| {
+        let hub = dataset.hub.as_ref().unwrap();
+        (hub.repo.clone(), hub.name.clone().unwrap_or_default())
+    };
+    let samsum = of("{_component_: torchtune.datasets.samsum_dataset, new_system_prompt: Be brief.}");
+    assert_eq!(source(&samsum), ("Samsung/samsum".to_owned(), String::new()));
+    assert_eq!(columns(&samsum), [("input", "dialogue"), ("output", "summary")]);
+    assert_eq!(samsum.new_system_prompt.as_deref(), Some("Be brief."));
+    let grammar = of("{_component_: torchtune.datasets.grammar_dataset}");
+    assert_eq!((columns(&grammar)[0], source(&grammar).0.as_str()), (("input", "input"), "liweili/c4_200m"));
+
+    let chat = |text: &str| match of(text).rows {
+        RowsPlan::Chat { column, style, template } => (column, style, template.is_some_and(|template| template.joined)),
+        other => panic!("{other:?}"),
+    };
+    let chat_of = |rest: &str| {
+        chat(&format!("{{_component_: torchtune.datasets.chat_dataset, source: a/b, conversation_style: {rest}}}"))
+    };
+    assert_eq!(chat_of("openai"), ("messages".to_owned(), ChatStyle::OpenAi, false));
+    assert_eq!(chat_of("sharegpt"), ("conversations".to_owned(), ChatStyle::ShareGpt, false));
+    assert_eq!(chat_of("openai, conversation_column: talk"), ("talk".to_owned(), ChatStyle::OpenAi, false));
+    assert!(chat_of("sharegpt, chat_format: torchtune.data.ChatMLFormat, max_seq_len: 512").2, "v0.2.1");
+    let slimorca = "{_component_: torchtune.datasets.slimorca_dataset, column_map: {conversations: turns}}";
+    assert_eq!(chat(slimorca), ("turns".to_owned(), ChatStyle::ShareGpt, false));
+
+    let text = |text: &str| {
+        let dataset = of(text);
+        let RowsPlan::Text { column, add_eos } = &dataset.rows else { panic!("{:?}", dataset.rows) };
+        (column.clone(), *add_eos, dataset.packing.clone())
+    };
+    let completion = "{_component_: torchtune.datasets.text_completion_dataset, source: a/b";
+    assert_eq!(text(&format!("{completion}}}")), ("text".to_owned(), true, None));
+    let packed = text(&format!("{completion}, column: page, add_eos: False, packed: True}}"));
+    let packing = PackingPlan { max_seq_len: 512, split_across_pack: true };
+    assert_eq!(packed, ("page".to_owned(), false, Some(packing.clone())));
+    let whole = text(&format!("{completion}, packed: True, split_across_pack: False}}"));
+    assert_eq!(whole.2, Some(PackingPlan { split_across_pack: false, ..packing }));
+    let wikitext = of("{_component_: torchtune.datasets.wikitext_dataset}");
+    let expected = ("EleutherAI/wikitext_document_level".to_owned(), "wikitext-103-v1".to_owned());
+    assert_eq!(source(&wikitext), expected);
+    let news = "{_component_: torchtune.datasets.cnn_dailymail_articles_dataset}";
+    assert_eq!((text(news).0, source(&of(news)).1), ("article".to_owned(), "3.0.0".to_owned()));
+
+    let told = notices(&[
+        "dataset={_component_: samsum_dataset}",
+        "tokenizer.prompt_template=null",
+        "dataset_val=null",
+        "~run_val_every_n_steps",
+    ]);
+    assert!(told[0].contains("v0.2.1 took SummarizeTemplate"), "{told:?}");
+    let mistake = |text: &str, expected: &str| check_mistake(&[&format!("dataset={text}")], expected);
+    mistake("{_component_: chat_dataset, source: a/b}", "the key `dataset.conversation_style` is missing");
+    mistake(
+        "{_component_: chat_dataset, source: a/b, conversation_style: chatml}",
+        "must be one of `sharegpt`, `openai`",
+    );
+    mistake("{_component_: slimorca_dataset, column_map: {messages: a}}", "this data set has `conversations`");
+    mistake("{_component_: torchtune.datasets.preference_dataset}", "pairs are for preference training");
+    check_mistake(
+        &["tokenizer.max_seq_len=null", "dataset.packed=True"],
+        "`dataset.packed` needs `tokenizer.max_seq_len`",
+    );
+}
+
+/// Each with its own section; what is wrong with any of them is found in the same pass.
+#[test]
+fn data_sets_come_in_lists() {
+    let one = "{_component_: instruct_dataset, source: .demo/data}";
+    let two = "{_component_: alpaca_dataset, source: .demo/data, split: validation}";
+    let argument = format!("dataset=[{one}, {two}]");
+    let alone = ["dataset_val=null", "~run_val_every_n_steps"];
+    let found = plan(&[&[argument.as_str()], &alone[..]].concat()).dataset;
+    assert_eq!(found.iter().map(|dataset| dataset.split.as_str()).collect::<Vec<_>>(), ["train", "validation"]);
+    let found = plan(&[&[argument.as_str(), "dataset.1.split=train[:5]"], &alone[..]].concat()).dataset;
+    assert_eq!(found[1].split, "train[:5]");
+
+    let wrong =
+        "dataset=[{_component_: instruct_dataset, source: no_folder}, {_component_: instruct_datset, source: x}, 3]";
+    let found = mistakes(&[&[wrong], &alone[..]].concat());
+    for expected in
+        ["unknown data set `instruct_datset` in `dataset.1._component_`", "`dataset.2` must be a section of keys"]
+    {
+        assert!(found.contains(expected), "{found}");
+    }
+    check_mistake(&["dataset=[]"], "`dataset` is an empty list");
+    let packed = format!("dataset=[{one}, {{_component_: instruct_dataset, source: .demo/data, packed: True}}]");
+    check_mistake(&[&packed], "some data sets of `dataset` are packed and some are not");
 }
 
 #[test]
@@ -236,7 +350,7 @@ fn adapters_are_named_as_in_the_checkpoint() {
 fn data_files_come_in_three_forms() {
     let files = |value: &str| {
         let data_files = format!("dataset.data_files={value}");
-        let dataset = plan(&["dataset.source=json", &data_files, "dataset_val.source=.demo/data"]).dataset;
+        let dataset = dataset(&["dataset.source=json", &data_files, "dataset_val.source=.demo/data"]);
         assert_eq!(dataset.format, DataFormat::Jsonl);
         dataset.files.iter().map(|file| format!("{}:{}", file.split, file.path.display())).collect::<Vec<_>>().join(" ")
     };
@@ -262,8 +376,7 @@ fn data_files_come_in_three_forms() {
 
 #[test]
 fn formats_and_hub_data_sets_are_told_by_the_source() {
-    let dataset =
-        |overrides: &[&str]| plan(&[&["dataset_val=null", "~run_val_every_n_steps"], overrides].concat()).dataset;
+    let dataset = |overrides: &[&str]| dataset(&[&["dataset_val=null", "~run_val_every_n_steps"], overrides].concat());
     for (source, format) in [
         ("csv", DataFormat::Csv),
         ("text", DataFormat::Text),
@@ -292,8 +405,8 @@ fn column_maps_are_whole() {
     check_mistake(&["~dataset.column_map.input"], "must give a column for `input`");
     check_mistake(&["dataset.column_map.dialogue=document"], "maps `dialogue`");
     check_mistake(&["dataset.column_map=[a,b]"], "found a list");
-    let mapped = plan(&["~dataset.column_map", "dataset_val.column_map=null"]).dataset.column_map;
-    assert_eq!(mapped, [("input".to_owned(), "input".to_owned()), ("output".to_owned(), "output".to_owned())]);
+    let mapped = dataset(&["~dataset.column_map", "dataset_val.column_map=null"]);
+    assert_eq!(columns(&mapped), [("input", "input"), ("output", "output")]);
 }
 
 #[test]
@@ -319,23 +432,30 @@ fn templates_are_names_or_files() {
 }
 
 #[test]
-fn tokenizers_have_texts_of_their_own_or_of_the_config() {
+fn tokenizers_have_templates_of_their_own_or_of_the_config() {
     let texts = |arguments: &[&str]| {
         let plan = plan(arguments).tokenizer;
-        (plan.turn_texts, plan.prompt_template.is_some())
+        let template = plan.prompt_template.map(|guest| guest.path.display().to_string());
+        (plan.turn_texts, template.unwrap_or_default())
     };
-    use crate::config::plan::TurnTexts;
     use crate::data::template::Role as Speaker;
     const LLAMA2: &str = "tokenizer={_component_: torchtune.models.llama2.llama2_tokenizer, path: a/tokenizer.model}";
-    assert_eq!(texts(&[LLAMA2]), (TurnTexts::Llama2Chat, false));
-    assert_eq!(texts(&[LLAMA2, "tokenizer.prompt_template=null"]), (TurnTexts::None, false));
-    assert_eq!(texts(&[LLAMA2, "tokenizer.prompt_template=SummarizeTemplate"]), (TurnTexts::None, true));
-    let chat = "tokenizer.prompt_template=torchtune.models.mistral.MistralChatTemplate";
-    assert_eq!(texts(&[chat]), (TurnTexts::MistralChat, false));
+    assert_eq!(texts(&[LLAMA2]), (vec![], "scripts/templates/llama2_chat.rhai".to_owned()));
+    assert_eq!(texts(&[LLAMA2, "tokenizer.prompt_template=null"]), (vec![], String::new()));
+    let other = texts(&[LLAMA2, "tokenizer.prompt_template=SummarizeTemplate"]);
+    assert_eq!(other, (vec![], "templates/summarize.wasm".to_owned()));
+    for (name, file) in [
+        ("torchtune.models.mistral.MistralChatTemplate", "mistral_chat"),
+        ("torchtune.data.Llama2ChatFormat", "llama2_chat"),
+        ("torchtune.data.ChatMLTemplate", "chatml"),
+    ] {
+        let found = texts(&[&format!("tokenizer.prompt_template={name}")]);
+        assert_eq!(found.1, format!("scripts/templates/{file}.rhai"));
+    }
     let roles = texts(&[r#"tokenizer.prompt_template={user: ["Q: ", "\nA: "], ipython: [null, ""]}"#]).0;
     let expected =
         [(Speaker::User, ["Q: ".to_owned(), "\nA: ".to_owned()]), (Speaker::Tool, [String::new(), String::new()])];
-    assert_eq!(roles, TurnTexts::Roles(expected.to_vec()));
+    assert_eq!(roles, expected);
     check_mistake(
         &["tokenizer.prompt_template={human: [a, b]}"],
         "`tokenizer.prompt_template.human` is not a role with the texts before and after it",
@@ -376,7 +496,6 @@ fn what_changes_nothing_is_said_once() {
         3
     );
     assert!(notices(&["compile=False", "dataset.packed=False"]).is_empty());
-    check_mistake(&["dataset.packed=True"], "`dataset.packed` can only be `False`: packs are not built yet");
     check_mistake(&["optimizer_in_bwd=True"], "`optimizer_in_bwd` can only be `False`");
     check_mistake(&["model.use_dora=True"], "DoRA is not available yet");
     check_mistake(&["dataset.filter_fn=os.system"], "a config cannot name code");
@@ -412,20 +531,6 @@ fn every_honoured_key_is_read() {
         &[],
         &["loss=torch.nn.CrossEntropyLoss", "metric_logger=StdoutLogger", "~metric_logger.log_dir"],
         &["profiler={_component_: setup_torch_profiler, enabled: False}"],
-        &[
-            "dataset=alpaca_dataset",
-            "dataset.source=.demo/data",
-            "dataset.column_map=null",
-            "~dataset_val",
-            "~run_val_every_n_steps",
-        ],
-        &[
-            "dataset=alpaca_cleaned_dataset",
-            "dataset.source=.demo/data",
-            "dataset.column_map=null",
-            "~dataset_val",
-            "~run_val_every_n_steps",
-        ],
         &["tokenizer=llama3_tokenizer"],
         &["tokenizer=llama2_tokenizer"],
         &["tokenizer=mistral_tokenizer"],
@@ -434,8 +539,25 @@ fn every_honoured_key_is_read() {
         &["tokenizer=qwen3_tokenizer"],
         &["tokenizer={_component_: HuggingFaceModelTokenizer, tokenizer_json_path: a/tokenizer.json}"],
     ];
-    for overrides in train_overrides {
-        let overrides: Vec<String> = overrides.iter().map(|argument| argument.to_string()).collect();
+    let dataset = |component: &str| {
+        let alone = ["dataset_val=null", "~run_val_every_n_steps"].map(str::to_owned);
+        [vec![format!("dataset={{_component_: {component}}}")], alone.to_vec()].concat()
+    };
+    let datasets = [
+        "alpaca_dataset",
+        "alpaca_cleaned_dataset",
+        "samsum_dataset",
+        "grammar_dataset",
+        "chat_dataset, source: a/b, conversation_style: openai",
+        "slimorca_dataset",
+        "text_completion_dataset, source: a/b, packed: True",
+        "wikitext_dataset, packed: True",
+        "cnn_dailymail_articles_dataset, packed: True",
+    ];
+    let train_overrides =
+        train_overrides.iter().map(|overrides| overrides.iter().map(|text| text.to_string()).collect());
+    for overrides in train_overrides.chain(datasets.map(dataset)) {
+        let overrides: Vec<String> = overrides;
         let config = Config::parse(TRAIN, Path::new("c.yaml"), &overrides).unwrap();
         let reader = Reader::new(&config);
         train::build(&reader, Path::new(""), &surroundings(), &mut vec![]).unwrap();

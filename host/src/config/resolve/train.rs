@@ -34,7 +34,6 @@ pub(super) fn build(
     let recipe_settings = recipe_settings(&root);
     let model = parts::model(&root);
     let tokenizer = parts::tokenizer(&root, around);
-    let datasets = datasets(&root, around);
     let run_val_every_n_steps = run_val_every_n_steps(&root);
     let optimizer = root.component("optimizer").and_then(|section| optimizer(&section));
     let schedule = schedule(&root);
@@ -51,10 +50,13 @@ pub(super) fn build(
     let seed = parts::seed(&root, around);
     let sizes = sizes(&root);
 
+    let max_seq_len = max_seq_len(&root, tokenizer.as_ref().ok().and_then(|tokenizer| tokenizer.max_seq_len));
+    let datasets = datasets(&root, max_seq_len.unwrap_or_default(), around, notices);
+
     profiler?;
-    let (dataset, dataset_val) = datasets?;
+    let [dataset, dataset_val] = datasets?;
     let (model, mut tokenizer) = (model?, tokenizer?);
-    tokenizer.max_seq_len = max_seq_len(&root, tokenizer.max_seq_len)?;
+    tokenizer.max_seq_len = max_seq_len?;
     let batch_size = root.get::<usize>("batch_size")?;
     let checkpoint = checkpoint?;
     if checkpoint.adapter_only && model.lora.is_none() {
@@ -104,7 +106,11 @@ pub(super) fn build(
 /// v0.2.1 has the length on the data set. Both may say it, when they say the same.
 fn max_seq_len(root: &Section<'_>, of_tokenizer: Option<usize>) -> Found<Option<usize>> {
     let mut length = of_tokenizer;
-    for section in [root.component("dataset")?].into_iter().chain(root.optional_component("dataset_val")?) {
+    for section in ["dataset", "dataset_val"].iter().flat_map(|name| root.components(name)) {
+        let section = section?;
+        if !section.knows("max_seq_len") {
+            continue;
+        }
         let Some(wanted) = section.get::<Option<usize>>("max_seq_len")? else { continue };
         if length.is_some_and(|length| length != wanted) {
             return Err(section.fail(
@@ -146,16 +152,33 @@ fn recipe_settings(root: &Section<'_>) -> Found<serde_json::Value> {
     }
 }
 
-fn datasets(root: &Section<'_>, around: &Surroundings<'_>) -> Found<(DatasetPlan, Option<DatasetPlan>)> {
+/// What is trained on, and what is measured on.
+fn datasets(
+    root: &Section<'_>,
+    max_seq_len: Option<usize>,
+    around: &Surroundings<'_>,
+    notices: &mut Vec<Notice>,
+) -> Found<[Vec<DatasetPlan>; 2]> {
     let cache_dir = match root.get::<Option<PathBuf>>("cache_dir")?.or_else(|| around.cache_dir.clone()) {
         Some(cache_dir) => cache_dir,
         None => root.get::<PathBuf>("output_dir")?.join("cache"),
     };
-    let train = root.component("dataset").and_then(|section| data::dataset(&section, &cache_dir, around));
-    let validation = root
-        .optional_component("dataset_val")
-        .and_then(|section| section.map(|section| data::dataset(&section, &cache_dir, around)).transpose());
-    Ok((train?, validation?))
+    let mut sets = |name: &str| {
+        // Every one is looked at before the first mistake ends it.
+        let plan = |section: Found<Section<'_>>| {
+            section.and_then(|section| data::dataset(&section, max_seq_len, &cache_dir, around, notices))
+        };
+        let plans: Vec<Found<DatasetPlan>> = root.components(name).into_iter().map(plan).collect();
+        let plans: Vec<DatasetPlan> = plans.into_iter().collect::<Found<_>>()?;
+        let is_packed = |plan: &DatasetPlan| plan.packing.is_some();
+        if plans.iter().any(is_packed) && !plans.iter().all(is_packed) {
+            let message = format!("some data sets of `{name}` are packed and some are not");
+            return Err(root.fail(name, message, "give each of them the same `packed`"));
+        }
+        Ok(plans)
+    };
+    let (train, validation) = (sets("dataset"), sets("dataset_val"));
+    Ok([train?, validation?])
 }
 
 fn run_val_every_n_steps(root: &Section<'_>) -> Found<Option<usize>> {

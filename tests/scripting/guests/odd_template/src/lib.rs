@@ -6,11 +6,11 @@ use host_sdk::prelude::*;
 struct Odd;
 
 impl Template for Odd {
-    fn configure(&mut self, columns: &[String]) -> Result<()> {
+    fn configure(&mut self, columns: &[String]) -> Result<Vec<String>> {
         if columns.iter().any(|column| column == "refused") {
             return Err(Error::new("column `refused` is refused").hint("rename it"));
         }
-        Ok(())
+        Ok(vec!["input".into()])
     }
 
     fn render(&mut self, row: Row) -> Result<Vec<Message>, RowError> {

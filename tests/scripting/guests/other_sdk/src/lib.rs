@@ -2,7 +2,7 @@
 
 wit_bindgen::generate!({
     inline: "
-        package host:sdk@0.0.2;
+        package host:sdk@0.0.1;
         interface types { log: func(message: string); }
         world recipe { import types; export main: func() -> result<_, string>; }
     "

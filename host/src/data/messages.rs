@@ -1,0 +1,316 @@
+//! Rows to messages: what a row says by itself, then the templates.
+//!
+//! A row is a conversation without any template: `input` is the user's and `output` the assistant's, or a column holds the
+//! turns. The data set's own template comes first; it, or the tokenizer section's where it has none, may work on columns.
+//! A template that follows another gets the conversation. `new_system_prompt` takes the place of every system message: in
+//! the conversation, and in what a template made of columns, which never saw it.
+
+use serde_json::{Map, Value};
+
+use crate::config::plan::{ChatStyle, DatasetPlan, RowsPlan};
+use crate::data::source::SourceCell;
+use crate::data::template::{Cell, MESSAGES, Message, Outcome, Role, Row, RowTemplate, SharedTemplate, Templates};
+use crate::error::{Error, Result};
+
+/// Makes messages of rows, in batches. One value per data worker thread.
+pub struct Conversations<'p> {
+    plan: &'p DatasetPlan,
+    /// What the config's columns are called, in the order of a row's cells.
+    names: Vec<String>,
+    templates: Vec<Stage>,
+}
+
+struct Stage {
+    template: Box<dyn RowTemplate>,
+    /// The columns it asked for.
+    columns: Vec<String>,
+    /// Each message becomes one part before it goes on.
+    joined: bool,
+}
+
+impl Stage {
+    fn open(shared: &SharedTemplate, offered: &[String], joined: bool) -> Result<Self> {
+        let mut template = shared.open()?;
+        let columns = template.configure(offered)?;
+        if let Some(unknown) = columns.iter().find(|column| !offered.contains(column)) {
+            let what = format!("the template `{}` wants a column `{unknown}`, which there is not", shared.name());
+            let error = Error::config(what).cause(format!("there is `{}`", offered.join("`, `")));
+            return Err(if offered == [MESSAGES] {
+                error.hint("where another template or a chat data set comes before it, a template works on `messages`")
+            } else {
+                error.hint("`column_map` gives columns of the data the names that a template knows")
+            });
+        }
+        Ok(Self { template, columns, joined })
+    }
+
+    fn reads_messages(&self) -> bool {
+        self.columns.iter().any(|column| column == MESSAGES)
+    }
+
+    fn render(&mut self, rows: Vec<Row>) -> Result<Vec<Outcome>> {
+        let needed = rows.len();
+        if needed == 0 {
+            return Ok(vec![]);
+        }
+        let mut outcomes = self.template.render(rows)?;
+        if outcomes.len() != needed {
+            let got = outcomes.len();
+            return Err(Error::run(format!("the template gave {got} results for {needed} rows; one each is needed")));
+        }
+        if self.joined {
+            for outcome in &mut outcomes {
+                let Outcome::Keep(messages) = outcome else { continue };
+                for message in messages {
+                    message.parts = vec![message.parts.concat()];
+                }
+            }
+        }
+        Ok(outcomes)
+    }
+}
+
+impl<'p> Conversations<'p> {
+    pub fn open(plan: &'p DatasetPlan, templates: &Templates) -> Result<Self> {
+        let alone = [MESSAGES.to_owned()];
+        let (names, joined) = match &plan.rows {
+            RowsPlan::Columns { columns, template } => {
+                let names: Vec<String> = columns.iter().map(|column| column.name.clone()).collect();
+                (names, template.as_ref().is_some_and(|template| template.joined))
+            }
+            RowsPlan::Chat { template, .. } => (vec![], template.as_ref().is_some_and(|template| template.joined)),
+            RowsPlan::Text { .. } => return Err(Error::bug("a data set of texts has no messages")),
+        };
+        // Alpaca's rows are no conversation before its template has made one of them.
+        let is_conversation = names.iter().all(|name| name == "input" || name == "output");
+        let mut offered = names.clone();
+        offered.extend(is_conversation.then(|| MESSAGES.to_owned()));
+        let mut stages = vec![];
+        for (template, joined) in [(&templates.own, joined), (&templates.prompt, false)] {
+            let Some(template) = template else { continue };
+            let offered = if stages.is_empty() { &offered[..] } else { &alone[..] };
+            stages.push(Stage::open(template, offered, joined)?);
+        }
+        Ok(Self { plan, names, templates: stages })
+    }
+
+    /// One outcome for each row of cells, in order.
+    pub fn of(&mut self, first_id: u64, rows: Vec<Vec<SourceCell>>) -> Result<Vec<Outcome>> {
+        let mut outcomes = vec![];
+        // Rows on their way through the templates, and whose they are.
+        let mut waiting = vec![];
+        for (index, cells) in rows.into_iter().enumerate() {
+            let cells = self.first_cells(cells);
+            outcomes.push(cells.as_ref().err().map(|why| Outcome::Fail(why.clone())));
+            waiting.extend(cells.ok().map(|cells| (index, cells)));
+        }
+        for stage in &mut self.templates {
+            let (indices, rows): (Vec<usize>, Vec<Row>) =
+                waiting.drain(..).map(|(index, cells)| (index, Row { id: first_id + index as u64, cells })).unzip();
+            for (index, outcome) in indices.into_iter().zip(stage.render(rows)?) {
+                let Outcome::Keep(mut messages) = outcome else {
+                    outcomes[index] = Some(outcome);
+                    continue;
+                };
+                if let (false, Some(system)) = (stage.reads_messages(), &self.plan.new_system_prompt) {
+                    set_system(&mut messages, system);
+                }
+                waiting.push((index, vec![Cell::Messages(messages)]));
+            }
+        }
+        for (index, mut cells) in waiting {
+            if let Some(Cell::Messages(messages)) = cells.pop() {
+                outcomes[index] = Some(Outcome::Keep(messages));
+            }
+        }
+        let missing = || Outcome::Fail("it has no messages".to_owned());
+        Ok(outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(missing)).collect())
+    }
+
+    /// A row as the first template wants it; without one, as a conversation.
+    fn first_cells(&self, cells: Vec<SourceCell>) -> Result<Vec<Cell>, String> {
+        let Some(stage) = self.templates.first() else { return Ok(vec![Cell::Messages(self.conversation(&cells)?)]) };
+        let mut messages = if stage.reads_messages() { Some(self.conversation(&cells)?) } else { None };
+        let mut cells: Vec<Option<SourceCell>> = cells.into_iter().map(Some).collect();
+        let cell = |column: &String| {
+            if column == MESSAGES {
+                return messages.take().map_or(Cell::None, Cell::Messages);
+            }
+            let at = self.names.iter().position(|name| name == column);
+            match at.and_then(|at| cells.get_mut(at)?.take()) {
+                Some(SourceCell::Text(text)) => Cell::Text(text),
+                _ => Cell::None,
+            }
+        };
+        Ok(stage.columns.iter().map(cell).collect())
+    }
+
+    /// The row without a template.
+    fn conversation(&self, cells: &[SourceCell]) -> Result<Vec<Message>, String> {
+        let mut messages = match &self.plan.rows {
+            RowsPlan::Chat { column, style, .. } => match cells {
+                [SourceCell::Nested(turns)] => turns_of(turns, *style).map_err(|why| format!("`{column}`: {why}"))?,
+                _ => return Err(format!("`{column}` is missing")),
+            },
+            _ => {
+                let text = |name: &str| {
+                    let at = self.names.iter().position(|known| known == name)?;
+                    match cells.get(at)? {
+                        SourceCell::Text(text) => Some(text.clone()),
+                        _ => None,
+                    }
+                };
+                asked_and_answered(text("input").ok_or("the row has no `input`")?, text("output"))
+            }
+        };
+        if let Some(system) = &self.plan.new_system_prompt {
+            set_system(&mut messages, system);
+        }
+        if matches!(self.plan.rows, RowsPlan::Chat { .. }) {
+            check(&messages)?;
+        }
+        Ok(messages)
+    }
+}
+
+/// What a prompt is to a template: no answer yet.
+pub fn prompt(template: Option<&SharedTemplate>, system: Option<&str>, user: &str) -> Result<Vec<Message>> {
+    let mut messages = asked_and_answered(user.to_owned(), None);
+    if let Some(system) = system {
+        set_system(&mut messages, system);
+    }
+    let Some(template) = template else { return Ok(messages) };
+    let offered = ["input", "output", MESSAGES].map(str::to_owned);
+    let mut stage = Stage::open(template, &offered, false)?;
+    // Its place is there, for templates that begin an answer.
+    messages.push(Message::of(Role::Assistant, ""));
+    let cell = |column: &String| match column.as_str() {
+        "input" => Cell::Text(user.to_owned()),
+        MESSAGES => Cell::Messages(messages.clone()),
+        _ => Cell::None,
+    };
+    let row = Row { id: 0, cells: stage.columns.iter().map(cell).collect() };
+    let rendered = match stage.render(vec![row])?.pop() {
+        Some(Outcome::Keep(messages)) => messages,
+        Some(Outcome::Skip(why) | Outcome::Fail(why)) => {
+            return Err(Error::config("the template makes no prompt of this text").cause(why));
+        }
+        None => return Err(Error::run("the template returned nothing for the prompt")),
+    };
+    let mut messages = rendered;
+    if let (false, Some(system)) = (stage.reads_messages(), system) {
+        set_system(&mut messages, system);
+    }
+    Ok(messages)
+}
+
+fn asked_and_answered(input: String, output: Option<String>) -> Vec<Message> {
+    let answer = output.map(|output| Message::of(Role::Assistant, output));
+    std::iter::once(Message::of(Role::User, input)).chain(answer).collect()
+}
+
+/// Puts a system message first, in place of any other.
+fn set_system(messages: &mut Vec<Message>, system: &str) {
+    messages.retain(|message| message.role != Role::System);
+    messages.insert(0, Message::of(Role::System, system));
+}
+
+/// The turns of a list, in either form that data sets have them.
+fn turns_of(turns: &Value, style: ChatStyle) -> Result<Vec<Message>, String> {
+    // Tables of text hold it as one.
+    let parsed: Value;
+    let turns = match turns {
+        Value::String(text) => {
+            parsed = serde_json::from_str(text).map_err(|error| format!("it is a text, and no JSON: {error}"))?;
+            &parsed
+        }
+        turns => turns,
+    };
+    let Value::Array(turns) = turns else { return Err(format!("a list of turns is needed, found {}", kind(turns))) };
+    let turn = |(index, turn): (usize, &Value)| {
+        let Value::Object(turn) = turn else { return Err(format!("turn {index} is {}", kind(turn))) };
+        let message = match style {
+            ChatStyle::ShareGpt => sharegpt(turn),
+            ChatStyle::OpenAi => openai(turn),
+        };
+        message.map_err(|why| format!("turn {index} {why}"))
+    };
+    turns.iter().enumerate().map(turn).collect()
+}
+
+/// `{"from": "human", "value": "…"}`
+fn sharegpt(turn: &Map<String, Value>) -> Result<Message, String> {
+    let role = match text(turn, "from")? {
+        "system" => Role::System,
+        "human" | "user" => Role::User,
+        "gpt" | "assistant" => Role::Assistant,
+        "tool" => Role::Tool,
+        other => return Err(format!("is from `{other}`; known are system, human, gpt and tool")),
+    };
+    Ok(Message::of(role, text(turn, "value")?))
+}
+
+/// `{"role": "user", "content": "…"}`; the content may be a list of parts, each a text.
+fn openai(turn: &Map<String, Value>) -> Result<Message, String> {
+    let role = match text(turn, "role")? {
+        "ipython" => Role::Tool,
+        name => Role::ALL
+            .into_iter()
+            .find(|role| role.name() == name)
+            .ok_or_else(|| format!("has the role `{name}`; known are system, user, assistant and tool"))?,
+    };
+    if turn.get("tool_calls").is_some_and(|calls| !calls.is_null() && calls != &Value::Array(vec![])) {
+        return Err("has `tool_calls`, which are not read yet; write the call as its `content`".to_owned());
+    }
+    let part = |part: &Value| {
+        let part = part.as_object().ok_or("has a part that is no object")?;
+        match part.get("type").and_then(Value::as_str) {
+            Some("text") => text(part, "text").or_else(|_| text(part, "content")).map(str::to_owned),
+            other => Err(format!("has a part of type `{}`; texts are read", other.unwrap_or("none"))),
+        }
+    };
+    let parts = match turn.get("content") {
+        Some(Value::Array(parts)) => parts.iter().map(part).collect::<Result<_, _>>()?,
+        _ => vec![text(turn, "content")?.to_owned()],
+    };
+    Ok(Message { role, parts, train: None })
+}
+
+fn text<'v>(turn: &'v Map<String, Value>, key: &str) -> Result<&'v str, String> {
+    match turn.get(key) {
+        Some(Value::String(text)) => Ok(text),
+        Some(other) => Err(format!("has {} for its `{key}`, where a text is needed", kind(other))),
+        None => {
+            Err(format!("has no `{key}`; its keys are `{}`", turn.keys().cloned().collect::<Vec<_>>().join("`, `")))
+        }
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    super::source::json_kind(value)
+}
+
+/// torchtune's rules of a conversation, but that a tool's answer may follow any of the assistant's messages.
+fn check(messages: &[Message]) -> Result<(), String> {
+    if messages.len() < 2 {
+        return Err(format!("a conversation has two messages at least, and this one {}", messages.len()));
+    }
+    // An assistant's stands for nothing before the first.
+    let mut before = None;
+    for (index, message) in messages.iter().enumerate() {
+        let wrong = match (message.role, before) {
+            (Role::System, Some(_)) => "is the system's, which comes first",
+            (Role::User, Some(Role::User)) => "is the user's, as the one before it",
+            (Role::Assistant, None | Some(Role::System | Role::Assistant)) => {
+                "is the assistant's, and answers no user's or tool's"
+            }
+            (Role::Tool, None | Some(Role::System | Role::User)) => "is a tool's, and follows none of the assistant's",
+            _ => {
+                before = Some(message.role);
+                continue;
+            }
+        };
+        return Err(format!("message {index} {wrong}"));
+    }
+    Ok(())
+}
