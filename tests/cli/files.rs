@@ -388,9 +388,9 @@ fn an_adapter_that_is_not_there() {
     assert_snapshot!(Case::with(GENERATE).host(&generate), @"
     exit 2
     --- stderr
-    error: the adapter folder `absent` has no `adapter_config.json`
+    error: the adapter `absent` is not there
       --> command line
-    hint: give a folder that training or PEFT wrote, such as `OUTPUT/epoch_0`
+    hint: give a folder that PEFT or `host` wrote, or the `adapter_model.pt` that torchtune wrote
     ");
 }
 

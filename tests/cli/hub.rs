@@ -485,7 +485,7 @@ impl Case {
         let model = super::MODEL_CONFIG;
         self.write("c.yaml", CONFIG.replace("source: data", "source: org/rows"));
         self.write("model/config.json", model);
-        self.write("model/model.safetensors", b"\x02\0\0\0\0\0\0\0{}");
+        self.write("model/model.safetensors", super::weights(model));
         self.write("model/tokenizer.json", "{}");
         self.write("templates/summarize.wasm", super::COMPONENT);
         self.write("recipes/lora_distributed.wasm", super::COMPONENT);

@@ -62,12 +62,27 @@ const MODEL_CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_si
 const COMPONENT: &[u8] = b"\0asm\x0d\0\x01\0";
 const CORE_MODULE: &[u8] = b"\0asm\x01\0\0\0";
 
+/// A whole weight file of zeros.
+fn weights(config: &str) -> Vec<u8> {
+    let tensors = host::hf::ModelConfig::parse(config).unwrap().tensors();
+    let sized = tensors.into_iter().map(|(name, shape)| {
+        let shape: Vec<usize> = shape.into_iter().map(|size| size as usize).collect();
+        (name, vec![0u8; 2 * shape.iter().product::<usize>()], shape)
+    });
+    let sized: Vec<_> = sized.collect();
+    let views = sized.iter().map(|(name, bytes, shape)| {
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::BF16, shape.clone(), bytes);
+        (name.as_str(), view.unwrap())
+    });
+    safetensors::serialize(views, None).unwrap()
+}
+
 impl Case {
     fn new() -> Self {
         let case = Self { dir: tempfile::tempdir().unwrap() };
         case.write("c.yaml", CONFIG);
         case.write("model/config.json", MODEL_CONFIG);
-        case.write("model/model.safetensors", b"\x02\0\0\0\0\0\0\0{}");
+        case.write("model/model.safetensors", weights(MODEL_CONFIG));
         case.write("model/tokenizer.json", "{}");
         case.write("data/train.jsonl", "{\"input\": \"a\", \"output\": \"b\"}\n");
         case.write("templates/summarize.wasm", COMPONENT);

@@ -135,8 +135,8 @@ fn a_run_resumes_on_another_rank_count() {
     same("resumed on two ranks", &resumed, &straight);
 }
 
-fn open(checkpoint_dir: &Path, adapter_dir: Option<PathBuf>) -> Opened {
-    let plan = ModelPlan { checkpoint_dir: checkpoint_dir.into(), checkpoint_files: vec![], lora: None, adapter_dir };
+fn open(checkpoint_dir: &Path, adapter: Option<PathBuf>) -> Opened {
+    let plan = ModelPlan { checkpoint_dir: checkpoint_dir.into(), checkpoint_files: vec![], lora: None, adapter };
     Opened::open(&plan, 0, Kind::Float, Kind::Float, Device::Cpu).unwrap()
 }
 

@@ -28,7 +28,7 @@ fn worst(steps: &[Logged], expected: &[f64]) -> f64 {
 fn check(world: usize, tolerance: f64, files: &[&str], change: impl FnOnce(&mut TrainPlan)) -> Vec<Logged> {
     let dir = tempfile::tempdir().unwrap();
     let mut plan = support::golden_plan(dir.path());
-    plan.model.adapter_dir = Some(support::golden_adapter(dir.path()));
+    plan.model.adapter = Some(support::golden_adapter(dir.path()));
     plan.gradient_accumulation_steps /= world;
     change(&mut plan);
     let finished = support::train(&plan, &support::golden_rows(), world, usize::MAX);
@@ -88,7 +88,7 @@ fn gradients_of_one_step_match_pytorch() {
         let mut plan = support::golden_plan(dir.path());
         plan.layout = layout;
         plan.model.lora = Some(host_rank::adapter::peft::read_plan(&fixture).unwrap());
-        plan.model.adapter_dir = Some(fixture.clone());
+        plan.model.adapter = Some(fixture.clone());
         let mut run = support::open(plan, support::golden_rows(), 0, 1, support::free_port());
         assert!(run.next_step().unwrap());
         let mut loss = 0.0;
@@ -168,6 +168,37 @@ fn sampling_follows_the_distribution() {
     assert!(drawn.iter().all(|token| [0, 1, 3].contains(token)));
 }
 
+const TORCHTUNE_FILE: &str = "torchtune_model_0.pt";
+
+/// An adapter in torchtune's own file is the one that torchtune itself made of it for PEFT.
+#[test]
+fn a_torchtune_adapter_is_read_as_torchtune_converts_it() {
+    let families = support::fixtures().join("families");
+    let targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"];
+    let lora =
+        host::config::plan::LoraPlan { rank: 4, alpha: 8.0, dropout: 0.0, targets: targets.map(str::to_owned).into() };
+    let parameters = |adapter: &str, lora: Option<&host::config::plan::LoraPlan>| {
+        let plan = host::config::plan::ModelPlan {
+            checkpoint_dir: families.join("llama3_1"),
+            checkpoint_files: vec![],
+            lora: lora.cloned(),
+            adapter: Some(families.join(adapter)),
+        };
+        let opened =
+            Opened::open(&plan, 0, Kind::Float, Kind::Float, Device::Cpu).map_err(|error| error.to_string())?;
+        Ok::<_, String>(Vec::<f32>::try_from(opened.adapter.unwrap().flat.detach()).unwrap())
+    };
+    let theirs = parameters("torchtune_adapter", None).unwrap();
+    let file = "torchtune_adapter/adapter_model.pt";
+    let ours = parameters(file, Some(&lora)).unwrap();
+    assert_eq!(theirs.len(), ours.len());
+    assert!(theirs == ours && ours.iter().any(|number| *number != 0.0));
+    let other = host::config::plan::LoraPlan { rank: 8, ..lora.clone() };
+    assert!(parameters(file, Some(&other)).unwrap_err().contains("the file has shape [4, 32]"));
+    let fewer = host::config::plan::LoraPlan { targets: vec!["q_proj".to_owned()], ..lora };
+    assert!(parameters(file, Some(&fewer)).unwrap_err().contains("no target layer takes"));
+}
+
 /// Small random models of every family: transformers' logits, `1e-4 · max(1, |logit|)` as in the numbers contract, and the
 /// same ones with a KV cache (`tests/fixtures/families/generate.py`).
 #[test]
@@ -185,9 +216,12 @@ fn logits_of_every_family_match_transformers() {
         }
         let plan = host::config::plan::ModelPlan {
             checkpoint_dir: folder.path().to_owned(),
-            checkpoint_files: vec![],
+            checkpoint_files: match dir.join(TORCHTUNE_FILE).exists() {
+                true => vec![TORCHTUNE_FILE.to_owned()],
+                false => vec![],
+            },
             lora: None,
-            adapter_dir: None,
+            adapter: None,
         };
         Opened::open(&plan, 0, Kind::Float, Kind::Float, Device::Cpu).unwrap()
     };
@@ -195,7 +229,7 @@ fn logits_of_every_family_match_transformers() {
     let cases = ["llama2", "code_llama", "llama3", "llama3_1", "llama3_2", "llama_bias", "mistral", "qwen2", "qwen3"]
         .map(|name| (name, name))
         .into_iter()
-        .chain([("meta", "llama3_1"), ("bin", "qwen2")]);
+        .chain([("meta", "llama3_1"), ("bin", "qwen2"), ("torchtune", "llama3_1"), ("torchtune_qwen", "qwen2")]);
     for (weights, name) in cases {
         let opened = open(&families.join(weights), &families.join(name));
         let recorded: std::collections::HashMap<_, _> =

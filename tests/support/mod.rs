@@ -62,7 +62,7 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
             checkpoint_dir: tiny_model(),
             checkpoint_files: vec![],
             lora: Some(lora(&["q_proj", "v_proj"])),
-            adapter_dir: None,
+            adapter: None,
         },
         tokenizer: TokenizerPlan {
             max_seq_len: Some(512),

@@ -21,7 +21,7 @@ pub fn write(model: &Path, tokens: &Path, out: &Path) -> Result<()> {
         Some((base, adapter)) => (base.into(), Some(adapter.into())),
         None => (model.to_path_buf(), None),
     };
-    let plan = ModelPlan { checkpoint_dir: base, checkpoint_files: vec![], lora: None, adapter_dir: adapter };
+    let plan = ModelPlan { checkpoint_dir: base, checkpoint_files: vec![], lora: None, adapter };
     let opened = Opened::open(&plan, 0, Kind::Float, Kind::Float, Device::Cpu)?;
     let mut written = Vec::new();
     for (index, sequence) in sequences.iter().enumerate() {

@@ -85,8 +85,9 @@ impl Findings<'_> {
             self.add("checkpointer.checkpoint_dir", error);
             return;
         }
-        match ModelConfig::read(folder) {
-            Err(error) => self.add("checkpointer.checkpoint_dir", error),
+        let config = ModelConfig::read(folder);
+        match &config {
+            Err(error) => self.add("checkpointer.checkpoint_dir", error.clone()),
             Ok(config) => {
                 let adapts_head = model.lora.as_ref().is_some_and(|lora| lora.targets.iter().any(|t| t == "lm_head"));
                 if adapts_head && config.tie_word_embeddings {
@@ -97,9 +98,12 @@ impl Findings<'_> {
             }
         }
         let key = if model.checkpoint_files.is_empty() { "checkpoint_dir" } else { "checkpoint_files" };
-        self.add_result(&format!("checkpointer.{key}"), WeightIndex::open(folder, &model.checkpoint_files));
-        if let Some(adapter) = &model.adapter_dir {
-            self.add_result("adapter_dir", check_adapter(adapter));
+        let index = WeightIndex::open(folder, &model.checkpoint_files);
+        let checked = index.and_then(|index| config.map_or(Ok(()), |config| check_shapes(&index, &config)));
+        self.add_result(&format!("checkpointer.{key}"), checked);
+        if let Some(adapter) = &model.adapter {
+            let key = if self.config.has("adapter_dir") { "adapter_dir" } else { "checkpointer.adapter_checkpoint" };
+            self.add_result(key, check_adapter(adapter));
         }
     }
 
@@ -206,10 +210,22 @@ fn template_hint(template: &GuestRef) -> String {
     }
 }
 
-fn check_adapter(folder: &Path) -> Result<()> {
+/// Looks for every tensor of the model; names the first that is not as `config.json` has it.
+fn check_shapes(index: &WeightIndex, config: &ModelConfig) -> Result<()> {
+    config.tensors().iter().try_for_each(|(name, shape)| index.get_shaped(name, shape).map(drop))
+}
+
+fn check_adapter(path: &Path) -> Result<()> {
+    if path.is_file() {
+        return WeightIndex::open_adapter(path, false).map(drop);
+    }
+    if !path.is_dir() {
+        return Err(Error::config(format!("the adapter `{}` is not there", path.display()))
+            .hint("give a folder that PEFT or `host` wrote, or the `adapter_model.pt` that torchtune wrote"));
+    }
     for name in ["adapter_config.json", "adapter_model.safetensors"] {
-        if !folder.join(name).is_file() {
-            return Err(Error::config(format!("the adapter folder `{}` has no `{name}`", folder.display()))
+        if !path.join(name).is_file() {
+            return Err(Error::config(format!("the adapter folder `{}` has no `{name}`", path.display()))
                 .hint("give a folder that training or PEFT wrote, such as `OUTPUT/epoch_0`"));
         }
     }

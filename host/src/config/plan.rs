@@ -105,8 +105,8 @@ pub struct ModelPlan {
     /// Weight files in `checkpoint_dir`; empty: whatever its index, or its single file, says.
     pub checkpoint_files: Vec<String>,
     pub lora: Option<LoraPlan>,
-    /// A PEFT adapter folder applied on top (generate, or the start of a LoRA run).
-    pub adapter_dir: Option<PathBuf>,
+    /// An adapter to generate with, or to start training from: PEFT's folder, or a file that torchtune wrote.
+    pub adapter: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -385,6 +385,11 @@ pub enum MetricSink {
         log_dir: PathBuf,
         format: DiskFormat,
         filename: Option<String>,
+    },
+    /// Event files in `log_dir`, or in a folder of the run below it.
+    TensorBoard {
+        log_dir: PathBuf,
+        organize_logs: bool,
     },
 }
 

@@ -68,6 +68,12 @@ impl ModelConfig {
         Self::parse(&text).map_err(|error| error.at_file(path))
     }
 
+    /// Whether torchtune's builder of this family has the rows of queries and keys in Meta's order, the two halves of a
+    /// rotary pair side by side: it leaves the Qwens as they are.
+    pub fn is_paired_in_torchtune(&self) -> bool {
+        !self.architecture.starts_with("Qwen")
+    }
+
     /// Parses the text of a `config.json`.
     pub fn parse(text: &str) -> Result<Self> {
         let value: Value = serde_json::from_str(text)

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
-use super::{meta, torch_file};
+use super::{names, torch_file};
 use crate::error::{Error, IoContext, Result};
 
 /// Longest safetensors header accepted: the format's own limit.
@@ -46,11 +46,26 @@ impl WeightIndex {
         let names = if files.is_empty() { listed_files(dir)? } else { files.to_vec() };
         let mut index = Self { files: Vec::new(), tensors: BTreeMap::new() };
         for name in names {
-            let path = dir.join(name);
-            if torch_file::is_torch(&path) { index.add_torch(path)? } else { index.add(path)? }
+            index.add_file(dir.join(name))?;
         }
-        meta::rename(&mut index.tensors);
+        names::rename(&mut index.tensors);
         Ok(index)
+    }
+
+    /// An adapter under PEFT's names: PEFT's folder, or a file such as torchtune's `adapter_model.pt`. `is_paired` says
+    /// whether torchtune's model has Meta's order of rows ([`ModelConfig::is_paired_in_torchtune`]).
+    ///
+    /// [`ModelConfig::is_paired_in_torchtune`]: super::ModelConfig::is_paired_in_torchtune
+    pub fn open_adapter(path: &Path, is_paired: bool) -> Result<Self> {
+        let path = if path.is_dir() { path.join("adapter_model.safetensors") } else { path.to_owned() };
+        let mut index = Self { files: Vec::new(), tensors: BTreeMap::new() };
+        index.add_file(path)?;
+        names::rename_adapter(&mut index.tensors, is_paired);
+        Ok(index)
+    }
+
+    fn add_file(&mut self, path: PathBuf) -> Result<()> {
+        if torch_file::is_torch(&path) { self.add_torch(path) } else { self.add_safetensors(path) }
     }
 
     fn add_torch(&mut self, path: PathBuf) -> Result<()> {
@@ -69,7 +84,7 @@ impl WeightIndex {
         Err(Error::config(format!("the tensor `{name}` is in two files")).at_file(first).at_file(path))
     }
 
-    fn add(&mut self, path: PathBuf) -> Result<()> {
+    fn add_safetensors(&mut self, path: PathBuf) -> Result<()> {
         let (metadata, data_start) = read_header(&path)?;
         let file = self.files.len();
         for (name, info) in metadata.tensors() {
@@ -86,6 +101,19 @@ impl WeightIndex {
         }
         self.files.push(path);
         Ok(())
+    }
+
+    /// The entry called `name`, which must have `shape`.
+    pub fn get_shaped(&self, name: &str, shape: &[i64]) -> Result<&TensorEntry> {
+        let entry = self.get(name)?;
+        let found: Vec<i64> = entry.shape.iter().map(|size| *size as i64).collect();
+        if found == shape {
+            return Ok(entry);
+        }
+        let file = &self.files[entry.file];
+        Err(Error::config(format!("cannot load `{name}` from `{}`", file.display()))
+            .cause(format!("the file has shape {found:?}, `config.json` makes it {shape:?}"))
+            .hint("check that `config.json` and the weights are of the same model"))
     }
 
     /// The entry called `name`, or an error that says which files were searched.

@@ -7,8 +7,8 @@ use host::config::plan::LoraPlan;
 use host::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::model::llama::LinearSpec;
 use crate::torch::TorchContext;
+use host::hf::LinearSpec;
 
 /// The adapter of one linear layer.
 pub struct LoraPair {
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn a_target_that_names_no_layer_is_an_error() {
-        let spec = |name: &str| LinearSpec { name: name.to_owned(), inputs: 4, outputs: 4 };
+        let spec = |name: &str| LinearSpec { name: name.to_owned(), inputs: 4, outputs: 4, has_bias: false };
         let linears = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "lm_head"].map(spec);
         let plan = |targets: &[&str]| LoraPlan {
             rank: 2,

@@ -1,10 +1,10 @@
-//! Adapters on disk in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+//! Adapters on disk in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`. torchtune's are read too.
 
 use std::path::Path;
 
 use host::config::plan::LoraPlan;
 use host::error::IoContext;
-use host::hf::WeightIndex;
+use host::hf::{ModelConfig, WeightIndex};
 use host::{Error, Result};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
@@ -103,9 +103,11 @@ fn is_read(key: &str, value: &Value) -> bool {
     }
 }
 
-/// Fills `adapter` from the weights in `dir`. Every factor must be there, in its shape, and nothing else.
-pub fn read_weights(adapter: &LoraAdapter, dir: &Path) -> Result<()> {
-    let weights = Weights::open(WeightIndex::open(dir, &[WEIGHTS.to_owned()])?)?;
+/// Fills `adapter` from PEFT's folder, or from a file that torchtune wrote. Every factor must be there, in its shape, and
+/// nothing else.
+pub fn read_weights(adapter: &LoraAdapter, path: &Path, config: &ModelConfig) -> Result<()> {
+    let index = WeightIndex::open_adapter(path, config.is_paired_in_torchtune())?;
+    let weights = Weights::of_model(index, config)?;
     let mut read = 0;
     for (layer, a, b) in adapter.factors() {
         for (factor, name) in [(a, "lora_A"), (b, "lora_B")] {
@@ -118,7 +120,7 @@ pub fn read_weights(adapter: &LoraAdapter, dir: &Path) -> Result<()> {
     if read != weights.index.tensors.len() {
         let known: Vec<String> = adapter.factors().map(|(layer, _, _)| format!("{PREFIX}{layer}.")).collect();
         let stray = weights.index.tensors.keys().find(|name| !known.iter().any(|prefix| name.starts_with(prefix)));
-        return Err(Error::config(format!("the adapter in `{}` does not fit this model", dir.display()))
+        return Err(Error::config(format!("the adapter in `{}` does not fit this model", path.display()))
             .cause(format!("it has a tensor `{}` that no target layer takes", stray.map_or("?", String::as_str))));
     }
     Ok(())

@@ -212,7 +212,7 @@ mod tests {
 
     use super::*;
     use crate::adapter::LoraAdapter;
-    use crate::model::llama::LinearSpec;
+    use host::hf::LinearSpec;
 
     /// The loss of a head with an adapter and every gradient of it, however many rows are taken at a time.
     #[test]
@@ -220,7 +220,7 @@ mod tests {
         tch::manual_seed(1);
         let (rows, hidden_size, vocabulary) = (11, 6, 13);
         let kinds = (Kind::Float, Device::Cpu);
-        let spec = LinearSpec { name: "lm_head".into(), inputs: hidden_size, outputs: vocabulary };
+        let spec = LinearSpec { name: "lm_head".into(), inputs: hidden_size, outputs: vocabulary, has_bias: false };
         let plan = LoraPlan { rank: 2, alpha: 4.0, dropout: 0.0, targets: vec!["lm_head".into()] };
         let adapter = LoraAdapter::new(&plan, &[spec], 7, Kind::Float, Device::Cpu).unwrap();
         let lora = adapter.pair("lm_head").unwrap();

@@ -25,39 +25,6 @@ struct Layer {
     mlp: Mlp,
 }
 
-/// A linear layer as an adapter sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LinearSpec {
-    pub name: String,
-    pub inputs: i64,
-    pub outputs: i64,
-}
-
-/// Every linear layer of the family, in the order of the forward.
-pub fn linears(config: &ModelConfig) -> Vec<LinearSpec> {
-    let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
-    let queries = config.num_heads * config.head_dim;
-    let keys = config.num_kv_heads * config.head_dim;
-    let mut specs = Vec::new();
-    for layer in 0..config.num_layers {
-        for (name, inputs, outputs) in [
-            ("self_attn.q_proj", hidden, queries),
-            ("self_attn.k_proj", hidden, keys),
-            ("self_attn.v_proj", hidden, keys),
-            ("self_attn.o_proj", queries, hidden),
-            ("mlp.gate_proj", hidden, ffn),
-            ("mlp.up_proj", hidden, ffn),
-            ("mlp.down_proj", ffn, hidden),
-        ] {
-            specs.push(LinearSpec { name: format!("model.layers.{layer}.{name}"), inputs, outputs });
-        }
-    }
-    if !config.tie_word_embeddings {
-        specs.push(LinearSpec { name: "lm_head".into(), inputs: hidden, outputs: config.vocab_size });
-    }
-    specs
-}
-
 impl Llama {
     pub fn build(config: &ModelConfig, root: &Builder) -> Result<Self> {
         let model = root.pp("model");

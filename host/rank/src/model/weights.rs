@@ -62,14 +62,7 @@ impl Weights {
 
     /// The tensor called `name`, which must have `shape`.
     pub fn load(&self, name: &str, shape: &[i64], kind: Kind, device: Device) -> Result<Tensor> {
-        let entry = self.index.get(name)?;
-        let found: Vec<i64> = entry.shape.iter().map(|size| *size as i64).collect();
-        if found != shape {
-            let file = &self.index.files[entry.file];
-            return Err(Error::config(format!("cannot load `{name}` from `{}`", file.display()))
-                .cause(format!("the file has shape {found:?}, `config.json` makes it {shape:?}"))
-                .hint("check that `config.json` and the weights are of the same model"));
-        }
+        self.index.get_shaped(name, shape)?;
         self.load_any(name, kind, device)
     }
 

@@ -234,8 +234,15 @@ const CHECKPOINTER: &[Key] = &[
     key("resume_from_checkpoint", Type::Bool, "False", "Resume.")
         .fixed("`resume_from_checkpoint` belongs to the top level"),
     key("enable_dcp", Type::Bool, "False", "Distributed checkpoints.").fixed("checkpoints are safetensors"),
-    refused("adapter_checkpoint", "adapter and state are found in the checkpoint that `resume_from` names"),
-    refused("recipe_checkpoint", "adapter and state are found in the checkpoint that `resume_from` names"),
+    optional(
+        "adapter_checkpoint",
+        Type::Text,
+        "An adapter to start from: torchtune's `adapter_model.pt` of the model's folder, or PEFT's folder.",
+    ),
+    refused(
+        "recipe_checkpoint",
+        "torchtune's optimizer state is not read; `adapter_checkpoint` alone starts a run from its adapter",
+    ),
 ];
 
 const ADAMW: &[Key] = &[
@@ -278,6 +285,11 @@ const DISK: &[Key] = &[
     optional("filename", Type::Text, "The log's name; by default with the time in it."),
 ];
 
+const TENSORBOARD: &[Key] = &[
+    optional("log_dir", Type::Text, "The folder of the event files; `${output_dir}/logs` by default."),
+    key("organize_logs", Type::Bool, "True", "Each run in a folder of its own below it."),
+];
+
 const PROFILER_OFF: &str = "the profiler is off";
 
 const PROFILER: &[Key] = &[
@@ -304,6 +316,11 @@ const fn dataset(
     doc: &'static str,
 ) -> Component {
     Component { role: Role::Dataset, name, aliases, keys, refused: None, doc }
+}
+
+/// Whatever the name, the files say which layout they have.
+const fn checkpointer(name: &'static str, aliases: &'static [&'static str], doc: &'static str) -> Component {
+    Component { role: Role::Checkpointer, name, aliases, keys: &[CHECKPOINTER], refused: None, doc }
 }
 
 const fn template(name: &'static str, aliases: &'static [&'static str], doc: &'static str) -> Component {
@@ -523,19 +540,20 @@ const OTHERS: &[Component] = &[
         "images are not read yet",
     ),
     // Checkpointers.
-    Component {
-        role: Role::Checkpointer,
-        name: "FullModelHFCheckpointer",
-        aliases: &["torchtune.training.FullModelHFCheckpointer", "torchtune.utils.FullModelHFCheckpointer"],
-        keys: &[CHECKPOINTER],
-        refused: None,
-        doc: "Weights in the Hugging Face layout.",
-    },
-    not_yet(
-        Role::Checkpointer,
+    checkpointer(
+        "FullModelHFCheckpointer",
+        &["torchtune.training.FullModelHFCheckpointer", "torchtune.utils.FullModelHFCheckpointer"],
+        "Weights in the Hugging Face layout.",
+    ),
+    checkpointer(
         "FullModelMetaCheckpointer",
         &["torchtune.training.FullModelMetaCheckpointer", "torchtune.utils.FullModelMetaCheckpointer"],
-        "Meta's .pth files are not read yet; use the model's Hugging Face folder",
+        "Weights in Meta's layout (`consolidated.00.pth`); checkpoints are in the Hugging Face layout.",
+    ),
+    checkpointer(
+        "FullModelTorchTuneCheckpointer",
+        &["torchtune.training.FullModelTorchTuneCheckpointer", "torchtune.utils.FullModelTorchTuneCheckpointer"],
+        "Weights under torchtune's own names; checkpoints are in the Hugging Face layout.",
     ),
     // Optimizers.
     Component {
@@ -607,13 +625,30 @@ const OTHERS: &[Component] = &[
         Role::MetricLogger,
         "WandBLogger",
         &["torchtune.training.metric_logging.WandBLogger", "torchtune.utils.metric_logging.WandBLogger"],
-        "use `DiskLogger` with `output_fmt: jsonl`",
+        "W&B is reached by its own client alone; `wandb sync FOLDER` uploads what `TensorBoardLogger` writes",
+    ),
+    Component {
+        role: Role::MetricLogger,
+        name: "TensorBoardLogger",
+        aliases: &[
+            "torchtune.training.metric_logging.TensorBoardLogger",
+            "torchtune.utils.metric_logging.TensorBoardLogger",
+        ],
+        keys: &[TENSORBOARD],
+        refused: None,
+        doc: "TensorBoard's event files.",
+    },
+    not_yet(
+        Role::MetricLogger,
+        "CometLogger",
+        &["torchtune.training.metric_logging.CometLogger"],
+        "Comet is reached by its own client alone; `TensorBoardLogger` writes files that it imports",
     ),
     not_yet(
         Role::MetricLogger,
-        "TensorBoardLogger",
-        &["torchtune.training.metric_logging.TensorBoardLogger", "torchtune.utils.metric_logging.TensorBoardLogger"],
-        "use `DiskLogger` with `output_fmt: jsonl`",
+        "MLFlowLogger",
+        &["torchtune.training.metric_logging.MLFlowLogger"],
+        "MLflow is reached by its own client alone; use `TensorBoardLogger`, or `DiskLogger` with `output_fmt: jsonl`",
     ),
     // Profilers: known so that torchtune's section, switched off, is fine.
     Component {

@@ -14,7 +14,7 @@ pub fn generate(config: &Config, around: &Surroundings<'_>) -> Result<Resolved<G
 
 pub(super) fn build(reader: &Reader<'_>, around: &Surroundings<'_>) -> Found<GeneratePlan> {
     let root = reader.root("generate", GENERATE);
-    let model = parts::model(&root);
+    let model = parts::model(&root, around);
     let tokenizer = parts::tokenizer(&root, around);
     let prompt = prompt(&root);
     let device = parts::device(&root);

@@ -14,14 +14,33 @@ use super::super::yaml::{Node, Tree};
 use super::{Surroundings, guest};
 use crate::data::template::Role as Speaker;
 
-pub fn model(root: &Section<'_>) -> Found<ModelPlan> {
+pub fn model(root: &Section<'_>, around: &Surroundings<'_>) -> Found<ModelPlan> {
     let checkpoint = root
         .component("checkpointer")
         .and_then(|section| Ok((section.get::<PathBuf>("checkpoint_dir")?, checkpoint_files(&section)?)));
     let lora = root.component("model").and_then(|section| lora(&section));
-    let adapter_dir = if root.knows("adapter_dir") { root.get("adapter_dir") } else { Ok(None) };
+    let adapter = adapter(root, around);
     let (checkpoint_dir, checkpoint_files) = checkpoint?;
-    Ok(ModelPlan { checkpoint_dir, checkpoint_files, lora: lora?, adapter_dir: adapter_dir? })
+    Ok(ModelPlan { checkpoint_dir, checkpoint_files, lora: lora?, adapter: adapter? })
+}
+
+/// Where an adapter comes from: `adapter_dir` of a generation, or torchtune's `checkpointer.adapter_checkpoint`.
+fn adapter(root: &Section<'_>, around: &Surroundings<'_>) -> Found<Option<PathBuf>> {
+    const KEY: &str = "adapter_checkpoint";
+    let folder = if root.knows("adapter_dir") { root.get("adapter_dir")? } else { None };
+    let section = root.component("checkpointer")?;
+    let Some(file) = section.get::<Option<PathBuf>>(KEY)? else { return Ok(folder) };
+    let fail = |what: &str, hint: &str| Err(section.fail(KEY, format!("`{}` {what}", section.path(KEY)), hint));
+    if folder.is_some() {
+        return fail("and `adapter_dir` both name an adapter", "delete one of them");
+    }
+    // The file itself says neither.
+    if !root.component("model")?.knows("lora_rank") {
+        return fail("needs a model with adapters, which says rank and alpha", "take the `lora_` model of that name");
+    }
+    // Of the model's folder, as torchtune has it.
+    let inside = section.get::<PathBuf>("checkpoint_dir")?.join(&file);
+    Ok(Some(if (around.kind)(&inside).is_some() { inside } else { file }))
 }
 
 /// A list of names, or torchtune's pattern: `{filename_format: "model-{}-of-{}.safetensors", max_filename: "00030"}`.

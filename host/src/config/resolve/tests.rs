@@ -132,6 +132,9 @@ fn values_land_where_they_belong() {
     assert_eq!(plan(&["~lr_scheduler"]).schedule, SchedulePlan::Constant);
     assert_eq!(plan(&["optimizer.betas=[0.8, 0.95]"]).optimizer.betas, (0.8, 0.95));
     assert_eq!(plan(&["metric_logger=StdoutLogger", "~metric_logger.log_dir"]).metrics.sink, MetricSink::Stdout);
+    let board = MetricSink::TensorBoard { log_dir: ".demo/out/logs".into(), organize_logs: true };
+    assert_eq!(plan(&["metric_logger=TensorBoardLogger"]).metrics.sink, board);
+    check_mistake(&["metric_logger=WandBLogger"], "`wandb sync FOLDER` uploads what `TensorBoardLogger` writes");
     let disk = MetricSink::Disk { log_dir: ".demo/out/logs".into(), format: DiskFormat::Jsonl, filename: None };
     assert_eq!(plan(&["metric_logger.output_fmt=jsonl", "~metric_logger.log_dir"]).metrics.sink, disk);
     assert_eq!(plan(&["recipe.beta=0.1"]).recipe.settings, serde_json::json!({"beta": 0.1}));
@@ -328,6 +331,23 @@ fn torchtunes_names_mean_the_same() {
     assert_eq!((ours.optimizer, ours.schedule, ours.loss), (theirs.optimizer, theirs.schedule, theirs.loss));
     assert_eq!(ours.tokenizer.prompt_template, theirs.tokenizer.prompt_template);
     assert_eq!(plan(&["loss=torch.nn.CrossEntropyLoss"]).loss.num_output_chunks, 8);
+}
+
+/// torchtune's adapter file lies in the model's folder; rank and alpha are the config's.
+#[test]
+fn an_adapter_is_where_a_run_starts() {
+    let dir = "checkpointer.checkpoint_dir=.demo/data";
+    let file = "checkpointer.adapter_checkpoint=train.jsonl";
+    assert_eq!(plan(&[dir, file]).model.adapter.unwrap(), Path::new(".demo/data/train.jsonl"));
+    let elsewhere = "checkpointer.adapter_checkpoint=adapter";
+    assert_eq!(plan(&[dir, elsewhere]).model.adapter.unwrap(), Path::new("adapter"));
+    check_mistake(&[file, "model=llama"], "`checkpointer.adapter_checkpoint` needs a model with adapters");
+    check_mistake(&[file, "resume_from_checkpoint=True"], "this one is to go on from a checkpoint");
+    check_mistake(&["checkpointer.recipe_checkpoint=recipe_state.pt"], "torchtune's optimizer state is not read");
+    let both = [file, "adapter_dir=a"].map(str::to_owned);
+    let config = Config::parse(GENERATE, Path::new("g.yaml"), &both).unwrap();
+    let error = generate(&config, &surroundings()).unwrap_err().to_string();
+    assert!(error.contains("and `adapter_dir` both name an adapter"), "{error}");
 }
 
 #[test]
@@ -530,7 +550,10 @@ fn every_honoured_key_is_read() {
     let train_overrides: &[&[&str]] = &[
         &[],
         &["loss=torch.nn.CrossEntropyLoss", "metric_logger=StdoutLogger", "~metric_logger.log_dir"],
+        &["metric_logger=TensorBoardLogger"],
         &["profiler={_component_: setup_torch_profiler, enabled: False}"],
+        &["checkpointer=FullModelMetaCheckpointer"],
+        &["checkpointer=FullModelTorchTuneCheckpointer"],
         &["tokenizer=llama3_tokenizer"],
         &["tokenizer=llama2_tokenizer"],
         &["tokenizer=mistral_tokenizer"],

@@ -32,7 +32,7 @@ pub(super) fn build(
     // Everything is asked for before anything is given up, so that every mistake is found.
     let output_dir = root.get::<PathBuf>("output_dir");
     let recipe_settings = recipe_settings(&root);
-    let model = parts::model(&root);
+    let model = parts::model(&root, around);
     let tokenizer = parts::tokenizer(&root, around);
     let run_val_every_n_steps = run_val_every_n_steps(&root);
     let optimizer = root.component("optimizer").and_then(|section| optimizer(&section));
@@ -259,14 +259,19 @@ fn metrics(root: &Section<'_>) -> Found<MetricsPlan> {
     let sink = match root.optional_component("metric_logger")? {
         None => MetricSink::Disk { log_dir: default_dir?, format: DiskFormat::Txt, filename: None },
         Some(section) if section.component_name() == "StdoutLogger" => MetricSink::Stdout,
-        Some(section) => MetricSink::Disk {
-            log_dir: match section.get::<Option<PathBuf>>("log_dir")? {
+        Some(section) => {
+            let log_dir = match section.get::<Option<PathBuf>>("log_dir")? {
                 Some(log_dir) => log_dir,
                 None => default_dir?,
-            },
-            format: if section.get::<String>("output_fmt")? == "jsonl" { DiskFormat::Jsonl } else { DiskFormat::Txt },
-            filename: section.get("filename")?,
-        },
+            };
+            if section.component_name() == "TensorBoardLogger" {
+                MetricSink::TensorBoard { log_dir, organize_logs: section.get("organize_logs")? }
+            } else {
+                let is_jsonl = section.get::<String>("output_fmt")? == "jsonl";
+                let format = if is_jsonl { DiskFormat::Jsonl } else { DiskFormat::Txt };
+                MetricSink::Disk { log_dir, format, filename: section.get("filename")? }
+            }
+        }
     };
     Ok(MetricsPlan {
         sink,
@@ -281,12 +286,18 @@ fn checkpoint(root: &Section<'_>, around: &Surroundings<'_>, notices: &mut Vec<N
     let input_dir = section.get::<PathBuf>("checkpoint_dir")?;
     let run_dir = root.get::<PathBuf>("output_dir")?;
     let resume_from = root.get::<Option<PathBuf>>("resume_from")?;
+    let resume = root.get::<bool>("resume_from_checkpoint")? || resume_from.is_some();
+    if resume && section.node("adapter_checkpoint")?.is_some() {
+        let what = "an adapter is where a new run starts, and this one is to go on from a checkpoint";
+        let hint = "delete `checkpointer.adapter_checkpoint`, or set `resume_from_checkpoint: False`";
+        return Err(section.fail("adapter_checkpoint", what, hint));
+    }
     Ok(CheckpointPlan {
         output_dir: output_dir(root, &section, &input_dir, run_dir, around, notices)?,
         save_every_n_steps: root.get("save_every_n_steps")?,
         keep_last_n: section.get("keep_last_n_checkpoints")?,
         adapter_only: root.get("save_adapter_weights_only")?,
-        resume: root.get::<bool>("resume_from_checkpoint")? || resume_from.is_some(),
+        resume,
         resume_from,
     })
 }
