@@ -34,6 +34,7 @@ fn weights_of_another_shape() {
     assert_snapshot!(fails(&case, WASM, &["--nproc", "2"]), @"
     exit 2
     error: cannot load `model.layers.0.mlp.down_proj.weight` from `model/model-00001-of-00002.safetensors`
+      --> train.yaml:7:19
     cause: the file has shape [384, 128], `config.json` makes it [128, 384]
     hint: check that `config.json` and the weights are of the same model
     ");

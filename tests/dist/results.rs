@@ -94,7 +94,7 @@ fn a_checkpoint_is_whole_and_generates_the_same_merged_or_not() {
     let model = case.contents("model");
     case.losses(WASM, "out", &[TWO_RANKS, &["epochs=2", "save_every_n_steps=4"]].concat());
     assert_eq!(case.contents("model"), model, "the model's folder was written to");
-    assert_eq!(case.names("out"), ["epoch_0", "epoch_1", "logs", "step_12", "step_16", "step_4", "step_8"]);
+    assert_eq!(case.names("out"), ["epoch_0", "epoch_1", "logs", "loss.svg", "step_12", "step_16", "step_4", "step_8"]);
     let log = std::fs::read_to_string(case.path("out/logs/log.jsonl")).unwrap();
     assert_eq!(log.matches("val_loss").count(), 2, "before and after the run");
     for checkpoint in ["out/epoch_1", "out/step_4"] {
@@ -248,6 +248,7 @@ fn check_files(case: &Case, checkpoint: &str) {
             "config.json",
             "config_resolved.yaml",
             "generation_config.json",
+            "losses.json",
             "model-00001-of-00001.safetensors",
             "model.safetensors.index.json",
             "resume.json",
@@ -461,4 +462,9 @@ fn a_run_goes_on_with_other_settings_until_it_is_complete() {
     );
     assert_eq!(case.log("out").len(), STEPS + 5);
     assert_eq!(case.checkpoints("out"), ["epoch_0", "epoch_1", "step_4", "step_8"]);
+    // The picture is of the whole run, not of what came after the checkpoint.
+    let losses: Value = serde_json::from_slice(&case.contents("out/epoch_1")["losses.json"]).unwrap();
+    let logged = case.log("out").into_iter().zip(1..).map(|(loss, step)| serde_json::json!([step, loss]));
+    assert_eq!(losses["training"], Value::from(logged.collect::<Vec<_>>()));
+    assert!(case.contents("out")["loss.svg"].starts_with(b"<svg"));
 }

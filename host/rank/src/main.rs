@@ -4,12 +4,10 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
-use host::config::plan::{DatasetPlan, GeneratePlan, GuestRef, Plan, TrainPlan};
-use host::data::template::Templates;
+use host::config::plan::{GeneratePlan, Plan};
 use host::error::Kind;
 use host::worker::{self, StopFlag, WorkerEnv};
 use host::{Error, Result};
-use host_rank::train::{self, Run};
 use host_rank::{generate, logits, script};
 
 fn main() -> ExitCode {
@@ -63,29 +61,12 @@ fn start(plan: &Path, env: &WorkerEnv) -> Result<()> {
     })?;
     // Guests recurse on their own stack budget; libtorch wants a deep one too.
     script::on_big_stack(|| match plan {
-        Plan::Train(plan) => train(*plan, env, stop),
+        Plan::Train(plan) => {
+            logging(&plan.metrics.log_level, env);
+            script::train(*plan, env, stop)
+        }
         Plan::Generate(plan) => generate(&plan, env, &stop),
     })?
-}
-
-fn train(plan: TrainPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
-    logging(&plan.metrics.log_level, env);
-    let recipe = script::Recipe::load(&plan.recipe, &plan.limits)?;
-    let inputs = train::Inputs {
-        env: env.clone(),
-        templates: templates(&plan.dataset, &plan)?,
-        templates_val: templates(&plan.dataset_val, &plan)?,
-        stop: stop.clone(),
-        recipe_digest: recipe.digest().to_owned(),
-    };
-    let run = Run::open(plan, inputs)?;
-    let interruption = run.interruption();
-    recipe.run(Box::new(run), stop)?;
-    match interruption.get() {
-        None => Ok(()),
-        Some(step) => Err(Error::interrupted(format!("stopped after step {step}; the checkpoint is saved"))
-            .hint("go on with `resume_from_checkpoint=True`")),
-    }
 }
 
 fn generate(plan: &GeneratePlan, env: &WorkerEnv, stop: &StopFlag) -> Result<()> {
@@ -93,16 +74,6 @@ fn generate(plan: &GeneratePlan, env: &WorkerEnv, stop: &StopFlag) -> Result<()>
     let template = plan.tokenizer.prompt_template.as_ref();
     let template = template.map(|guest| script::open_template(guest, &plan.limits)).transpose()?;
     generate::run(plan, env, template.as_ref(), stop)
-}
-
-/// The templates of each data set: its own, and the tokenizer section's.
-fn templates(datasets: &[DatasetPlan], plan: &TrainPlan) -> Result<Vec<Templates>> {
-    let open = |guest: &GuestRef| script::open_template(guest, &plan.limits);
-    let of = |dataset: &DatasetPlan| {
-        let own = dataset.rows.template().map(|own| open(&own.guest)).transpose()?;
-        Ok(Templates { own, prompt: plan.tokenizer.prompt_template.as_ref().map(open).transpose()? })
-    };
-    datasets.iter().map(of).collect()
 }
 
 /// Logs go to stderr; the launcher labels the lines of ranks other than 0.

@@ -12,6 +12,7 @@ use tch::Kind;
 use crate::adapter::{LoraAdapter, peft};
 use crate::checkpoint::resume::{self, ResumeState, existing};
 use crate::checkpoint::{files, merged};
+use crate::metrics::Curve;
 use crate::model::Weights;
 
 /// Files of the base model at least this large are weights or the like, and not copied beside a checkpoint.
@@ -52,7 +53,14 @@ impl Saver {
     }
 
     /// Writes the checkpoint `name` and returns its folder. Either the whole folder appears, or none.
-    pub fn save(&mut self, name: &str, base: &Weights, adapter: &LoraAdapter, state: &ResumeState) -> Result<PathBuf> {
+    pub fn save(
+        &mut self,
+        name: &str,
+        base: &Weights,
+        adapter: &LoraAdapter,
+        state: &ResumeState,
+        curve: &Curve,
+    ) -> Result<PathBuf> {
         let output_dir = &self.plan.output_dir;
         fs::create_dir_all(output_dir).path_context("create", output_dir)?;
         let target = output_dir.join(name);
@@ -61,7 +69,8 @@ impl Saver {
             fs::remove_dir_all(&partial).path_context("remove the unfinished", &partial)?;
         }
         fs::create_dir(&partial).path_context("create", &partial)?;
-        let written = self.fill(&partial, base, adapter, state).and_then(|()| publish(&partial, &target));
+        let filled = self.fill(&partial, base, adapter, state, curve);
+        let written = filled.and_then(|()| publish(&partial, &target));
         if written.is_err() {
             // The error that matters is the one that stopped the write; a leftover has a name no reader takes for whole.
             let _ = fs::remove_dir_all(&partial);
@@ -73,7 +82,14 @@ impl Saver {
         Ok(target)
     }
 
-    fn fill(&self, dir: &Path, base: &Weights, adapter: &LoraAdapter, state: &ResumeState) -> Result<()> {
+    fn fill(
+        &self,
+        dir: &Path,
+        base: &Weights,
+        adapter: &LoraAdapter,
+        state: &ResumeState,
+        curve: &Curve,
+    ) -> Result<()> {
         self.copy_small_files(dir)?;
         if !self.plan.adapter_only {
             merged::write(base, Some(adapter), self.kind, merged::MAX_SHARD_BYTES, dir)?;
@@ -85,6 +101,7 @@ impl Saver {
         files::sync(&adapter_dir)?;
         files::write_json(&dir.join("run.json"), &self.record)?;
         files::write_bytes(&dir.join("config_resolved.yaml"), self.resolved_yaml.as_bytes())?;
+        curve.write(dir)?;
         state.write(dir)
     }
 
@@ -99,10 +116,16 @@ impl Saver {
                 .iter()
                 .any(|end| name.to_string_lossy().ends_with(end));
             // Another run's records, when the base is itself a checkpoint of ours.
-            let is_record =
-                ["run.json", "config_resolved.yaml", "resume.json", "adapter_config.json", "original_repo_id.json"]
-                    .iter()
-                    .any(|record| name == *record);
+            let is_record = [
+                "run.json",
+                "config_resolved.yaml",
+                "resume.json",
+                "losses.json",
+                "adapter_config.json",
+                "original_repo_id.json",
+            ]
+            .iter()
+            .any(|record| name == *record);
             if meta.is_file() && meta.len() < MAX_COPIED_BYTES && !is_weights && !is_record {
                 let bytes = fs::read(&path).path_context("read", &path)?;
                 files::write_bytes(&dir.join(name), &self.with_dtype(&name.to_string_lossy(), bytes))?;
@@ -273,7 +296,7 @@ mod tests {
             resume_from: None,
         };
         let model =
-            ModelPlan { checkpoint_dir: dir.path().into(), checkpoint_files: vec![], lora: None, adapter_dir: None };
+            ModelPlan { checkpoint_dir: dir.path().into(), checkpoint_files: vec![], lora: None, adapter: None };
         let mut saver = Saver::new(&plan, &model, Kind::Float, serde_json::Value::Null, "").unwrap();
         saver.written = (1..5).map(|step| dir.path().join(format!("step_{step}"))).collect();
         saver.prune();

@@ -1,5 +1,8 @@
 //! What a run tells about its steps: torchtune's keys, plus speeds and memory that can be compared. Rank 0 writes.
 
+mod curve;
+mod tensorboard;
+
 use std::fs::File;
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::PathBuf;
@@ -10,6 +13,9 @@ use host::error::IoContext;
 use host::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value};
+
+pub use curve::Curve;
+use tensorboard::EventFile;
 
 /// One step's figures, in the order they are printed.
 #[derive(Clone, Debug, Default)]
@@ -45,15 +51,23 @@ enum Sink {
         path: PathBuf,
         format: DiskFormat,
     },
+    TensorBoard(EventFile),
 }
 
 impl Recorder {
     pub fn open(plan: &MetricsPlan) -> Result<Self> {
-        let MetricSink::Disk { log_dir, format, filename } = &plan.sink else {
-            return Ok(Self(Sink::Stdout));
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let (log_dir, format, filename) = match &plan.sink {
+            MetricSink::Stdout => return Ok(Self(Sink::Stdout)),
+            MetricSink::TensorBoard { log_dir, organize_logs } => {
+                let folder = if *organize_logs { log_dir.join(format!("run_0_{seconds}")) } else { log_dir.clone() };
+                let events = EventFile::create(&folder)?;
+                tracing::info!("Writing logs to {}", events.path().display());
+                return Ok(Self(Sink::TensorBoard(events)));
+            }
+            MetricSink::Disk { log_dir, format, filename } => (log_dir, format, filename),
         };
         std::fs::create_dir_all(log_dir).path_context("create", log_dir)?;
-        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let ending = if *format == DiskFormat::Jsonl { "jsonl" } else { "txt" };
         let path = log_dir.join(filename.clone().unwrap_or_else(|| format!("log_{seconds}.{ending}")));
         // Appending: a resumed run that names its file goes on in it.
@@ -74,6 +88,7 @@ impl Recorder {
                 }
                 written => written.map_err(|error| Error::run("cannot write to standard output").cause(error)),
             },
+            Sink::TensorBoard(events) => events.scalars(step, &metrics.0),
             Sink::Disk { file, path, format } => {
                 let line = if *format == DiskFormat::Jsonl { metrics.json(step) } else { metrics.text(step) };
                 file.write_all(line.as_bytes()).path_context("write", path.as_path())

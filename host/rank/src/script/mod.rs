@@ -9,6 +9,7 @@
 pub mod api;
 pub mod guest;
 mod handles;
+mod job;
 pub mod limits;
 mod log;
 pub mod rhai;
@@ -29,6 +30,7 @@ use host::worker::StopFlag;
 use guest::{Blame, Guest, World};
 
 pub use guest::SDK_VERSION;
+pub use job::train;
 pub use template::open_template;
 pub use training::{BatchInfo, Training};
 

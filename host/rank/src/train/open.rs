@@ -16,9 +16,9 @@ use crate::adapter::{LoraAdapter, peft};
 use crate::checkpoint::resume::{self, Identity, Position, ResumeState};
 use crate::checkpoint::{Saver, folder};
 use crate::dist::{self, Group};
-use crate::metrics::Recorder;
+use crate::metrics::{Curve, Recorder};
 use crate::model::builder::Builder;
-use crate::model::{Llama, Weights, llama};
+use crate::model::{Llama, Weights};
 use crate::optim::{AdamW, Schedule};
 use crate::torch::TorchContext;
 use crate::train::agree::{self, Facts};
@@ -66,8 +66,9 @@ impl Opened {
         let config = ModelConfig::read(&plan.checkpoint_dir)?;
         let weights = Weights::of_model(WeightIndex::open(&plan.checkpoint_dir, &plan.checkpoint_files)?, &config)?;
         weights.check_types()?;
-        let lora = match (&plan.lora, &plan.adapter_dir) {
-            (Some(lora), Some(dir)) => {
+        let lora = match (&plan.lora, &plan.adapter) {
+            // A file says nothing of rank and alpha, but in its shapes.
+            (Some(lora), Some(dir)) if dir.is_dir() => {
                 let found = peft::read_plan(dir)?;
                 if found.rank != lora.rank || found.alpha != lora.alpha {
                     return Err(Error::config(format!(
@@ -82,14 +83,14 @@ impl Opened {
                 Some(lora.clone())
             }
             (None, Some(dir)) => Some(peft::read_plan(dir)?),
-            (lora, None) => lora.clone(),
+            (lora, _) => lora.clone(),
         };
         let adapter = match &lora {
-            Some(lora) => Some(LoraAdapter::new(lora, &llama::linears(&config), seed, adapter_kind, device)?),
+            Some(lora) => Some(LoraAdapter::new(lora, &config.linears(), seed, adapter_kind, device)?),
             None => None,
         };
-        if let (Some(adapter), Some(dir)) = (&adapter, &plan.adapter_dir) {
-            peft::read_weights(adapter, dir)?;
+        if let (Some(adapter), Some(path)) = (&adapter, &plan.adapter) {
+            peft::read_weights(adapter, path, &config)?;
         }
         let model = Llama::build(&config, &Builder::new(&weights, adapter.as_ref(), kind, device))?;
         let base: i64 = weights.index.tensors.values().map(|entry| entry.shape.iter().product::<usize>() as i64).sum();
@@ -150,6 +151,7 @@ impl Run {
             Some(dir) => restore(dir, &plan, &identity, &adapter, &mut optimizer, &group)?,
             None => beginning(&plan, identity, &group),
         };
+        let curve = resume_dir.as_deref().map(Curve::read).unwrap_or_default();
         let steps_per_epoch = steps_per_epoch(&plan, &data, &position)?;
         let total_steps = plan.epochs * steps_per_epoch;
         let record = record(&plan, &inputs, &position);
@@ -220,6 +222,7 @@ impl Run {
             position,
             steps_per_epoch,
             recorder,
+            curve,
             stop: inputs.stop,
         })
     }

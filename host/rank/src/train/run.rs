@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 use crate::adapter::LoraAdapter;
 use crate::checkpoint::{Position, ResumeState, Saver};
 use crate::dist::Group;
-use crate::metrics::{self, Progress, Recorder, StepMetrics};
+use crate::metrics::{self, Curve, Progress, Recorder, StepMetrics};
 use crate::model::{Llama, Weights};
 use crate::optim::{AdamW, Schedule};
 use crate::torch::TorchContext;
@@ -43,6 +43,7 @@ pub struct Parts {
     /// On rank 0, as is the recorder.
     pub saver: Option<Saver>,
     pub recorder: Option<Recorder>,
+    pub curve: Curve,
     pub stop: StopFlag,
 }
 
@@ -268,6 +269,7 @@ impl Run {
         let parts = &mut self.parts;
         let step = parts.position.step;
         let loss = totals.mean_loss();
+        parts.curve.push_training(step, loss);
         if let Some(progress) = &self.progress {
             progress.step(parts.position.epoch, step, loss, took);
         }
@@ -333,6 +335,7 @@ impl Run {
     fn validate(&mut self) -> Result<()> {
         let Some(loss) = self.evaluate()? else { return Ok(()) };
         let step = self.parts.position.step;
+        self.parts.curve.push_validation(step, loss);
         if let Some(recorder) = &mut self.parts.recorder {
             let mut metrics = StepMetrics::default();
             metrics.push("val_loss", loss);
@@ -353,7 +356,11 @@ impl Run {
                 exp_avg: parts.optimizer.exp_avg.shallow_clone(),
                 exp_avg_sq: parts.optimizer.exp_avg_sq.shallow_clone(),
             };
-            saver.save(name, &parts.weights, &parts.adapter, &state)
+            let saved = saver.save(name, &parts.weights, &parts.adapter, &state, &parts.curve)?;
+            if let Err(error) = parts.curve.draw(&parts.plan.output_dir.join("loss.svg")) {
+                tracing::warn!("the picture of the losses is not up to date\n{error}");
+            }
+            Ok(saved)
         });
         if let Some(folder) = parts.group.after_main("write the checkpoint", saved)? {
             let line = format!("saved {} in {:.2} s", folder.display(), started.elapsed().as_secs_f64());

@@ -1,0 +1,39 @@
+//! A training plan from its guests to the end of its run.
+
+use host::config::plan::{DatasetPlan, GuestRef, TrainPlan};
+use host::data::template::Templates;
+use host::worker::{StopFlag, WorkerEnv};
+use host::{Error, Result};
+
+use super::{Recipe, open_template};
+use crate::train::{Inputs, Run};
+
+/// Loads the guests, opens the run and lets the recipe drive it. The guests come first: a mistake in them costs no model.
+pub fn train(plan: TrainPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
+    let recipe = Recipe::load(&plan.recipe, &plan.limits)?;
+    let inputs = Inputs {
+        env: env.clone(),
+        templates: templates(&plan.dataset, &plan)?,
+        templates_val: templates(&plan.dataset_val, &plan)?,
+        stop: stop.clone(),
+        recipe_digest: recipe.digest().to_owned(),
+    };
+    let run = Run::open(plan, inputs)?;
+    let interruption = run.interruption();
+    recipe.run(Box::new(run), stop)?;
+    match interruption.get() {
+        None => Ok(()),
+        Some(step) => Err(Error::interrupted(format!("stopped after step {step}; the checkpoint is saved"))
+            .hint("go on with `resume_from_checkpoint=True`")),
+    }
+}
+
+/// The templates of each data set: its own, and the tokenizer section's.
+fn templates(datasets: &[DatasetPlan], plan: &TrainPlan) -> Result<Vec<Templates>> {
+    let open = |guest: &GuestRef| open_template(guest, &plan.limits);
+    let of = |dataset: &DatasetPlan| {
+        let own = dataset.rows.template().map(|own| open(&own.guest)).transpose()?;
+        Ok(Templates { own, prompt: plan.tokenizer.prompt_template.as_ref().map(open).transpose()? })
+    };
+    datasets.iter().map(of).collect()
+}
