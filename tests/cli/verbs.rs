@@ -16,14 +16,16 @@ fn without_a_verb_it_helps() {
     Usage: host [COMMAND]
 
     Commands:
-      run       Runs a recipe with a config
-      validate  Checks a config and the files it names
-      ls        Lists the recipes and configs that come with it
-      cp        Copies a recipe, a template or a config, to change it
-      cat       Prints a config
-      download  Fetches a model or a data set from the Hugging Face hub
-      import    Turns a GGUF model into a Hugging Face folder
-      doctor    Shows what this machine has for a run, and what is wrong with it
+      run          Runs a recipe with a config
+      validate     Checks a config and the files it names
+      ls           Lists the recipes and configs that come with it, and those that are not there yet
+      cp           Copies a recipe, a template or a config, to change it
+      cat          Prints a config
+      keys         Says what a config may contain: every key with its default, and what becomes of it
+      download     Fetches a model or a data set from the Hugging Face hub
+      import       Turns a GGUF model into a Hugging Face folder
+      doctor       Shows what this machine has for a run, and what is wrong with it
+      completions  Prints a shell's completions for `host`
 
     Options:
       -h, --help     Print help
@@ -53,15 +55,110 @@ fn run_helps() {
     Usage: host run [OPTIONS] --config <FILE> <RECIPE> [OVERRIDE]...
 
     Arguments:
-      <RECIPE>       A recipe's file (.wasm or .rhai), a name that `host ls` lists, or `generate`
-      [OVERRIDE]...  Changes to the config: `key=value`, `~key`
+      <RECIPE>
+              A recipe's file (.wasm or .rhai), a name that `host ls` lists, or `generate`
+
+      [OVERRIDE]...
+              Changes to the config: `key=value`, `~key`
 
     Options:
-          --config <FILE>       The config's file, or a name that `host ls` lists
-          --nproc <N>           Workers to start on this machine [default: 1]
-          --master-addr <HOST>  Where the workers meet
-          --master-port <PORT>  The port where the workers meet; any free one by default
-      -h, --help                Print help
+          --config <FILE>
+              The config's file, or a name that `host ls` lists
+
+          --nproc <N>
+              Workers to start on this machine: a number, `gpu`, `cpu` (one each), or `auto` (GPUs, else
+              CPUs)
+              
+              [default: 1]
+
+          --master-addr <HOST>
+              Where the workers meet
+
+          --master-port <PORT>
+              The port where the workers meet; any free one by default
+
+      -h, --help
+              Print help (see a summary with '-h')
+
+    Flags of torchrun:
+          --log-dir <DIR>
+              Writes what each worker prints to `DIR/rank_N/stdout.log` and `stderr.log` too
+
+      -r, --redirects <STREAMS>
+              What goes to the files of `--log-dir` alone: 1 stdout, 2 stderr, 3 both; `0:3,1:2` by
+              worker
+
+      -t, --tee <STREAMS>
+              What goes to the files of `--log-dir` and to the terminal
+
+          --local-ranks-filter <RANKS>
+              Shows only these workers' output, such as `0,2`
+
+          --rdzv-endpoint <VALUE>
+              Where the workers meet, as HOST:PORT
+
+          --standalone
+              Ignores `--rdzv-endpoint`
+
+          --nnodes <VALUE>
+              Only 1: a run is on one machine so far
+
+          --node-rank <VALUE>
+              Only 0: a run is on one machine so far
+
+          --max-restarts <VALUE>
+              Only 0: a run that failed goes on with `resume_from_checkpoint=True`
+
+          --rdzv-backend <VALUE>
+              Changes nothing: workers of one machine meet at the first one's port
+
+          --rdzv-id <VALUE>
+              Changes nothing: each run has a port of its own
+
+          --rdzv-conf <VALUE>
+              Changes nothing: workers of one machine meet at the first one's port
+
+          --local-addr <VALUE>
+              Changes nothing: workers of one machine meet at the first one's port
+
+          --monitor-interval <VALUE>
+              Changes nothing: a worker's end is seen at once
+
+          --start-method <VALUE>
+              Changes nothing: a worker is a process
+
+          --role <VALUE>
+              Changes nothing: all workers have the same role
+
+          --event-log-handler <VALUE>
+              Changes nothing: the end of a run is told on the terminal
+
+          --signals-to-handle <VALUE>
+              Changes nothing: SIGINT and SIGTERM reach every worker
+
+          --numa-binding <VALUE>
+              Refused: workers are not bound to CPUs; `numactl` does it for all of them
+
+          --virtual-local-rank
+              Refused: each worker takes the GPU of its local rank
+
+          --duplicate-stdout-filters <VALUE>
+              Refused: the workers' output is not filtered; `grep` the files of `--log-dir`
+
+          --duplicate-stderr-filters <VALUE>
+              Refused: the workers' output is not filtered; `grep` the files of `--log-dir`
+
+          --logs-specs <VALUE>
+              Refused: `--log-dir`, `--redirects` and `--tee` say where output goes
+
+      -m, --module
+              Refused: a recipe is a .wasm or .rhai file, not Python
+
+          --no-python
+              Refused: a recipe is a .wasm or .rhai file, not Python
+
+          --run-path
+              Refused: a recipe is a .wasm or .rhai file, not Python
 
     Examples:
       host run recipes/lora_distributed.wasm --nproc 2 --config configs/smollm2/135M_lora_summarize.yaml
@@ -127,34 +224,118 @@ fn ls_lists_what_is_there() {
     exit 0
     --- stdout
     RECIPE                                  CONFIG
-    lora_distributed                        llama3_1/8B_lora
+    lora_distributed                        llama2/7B_lora
+                                            llama2/7B_lora_single_device
+                                            llama2/13B_lora
+                                            llama2/70B_lora
+                                            code_llama2/7B_lora_single_device
+                                            llama3/8B_lora
+                                            llama3/8B_lora_single_device
+                                            llama3/70B_lora
+                                            llama3_1/8B_lora
+                                            llama3_1/8B_lora_single_device
+                                            llama3_1/70B_lora
+                                            llama3_2/1B_lora
+                                            llama3_2/1B_lora_single_device
+                                            llama3_2/3B_lora
+                                            llama3_2/3B_lora_single_device
+                                            llama3_3/70B_lora
+                                            mistral/7B_lora
+                                            mistral/7B_lora_single_device
+                                            qwen2/0.5B_lora
+                                            qwen2/0.5B_lora_single_device
+                                            qwen2/1.5B_lora
+                                            qwen2/1.5B_lora_single_device
+                                            qwen2/7B_lora
+                                            qwen2/7B_lora_single_device
+                                            qwen2_5/0.5B_lora
+                                            qwen2_5/0.5B_lora_single_device
+                                            qwen2_5/1.5B_lora
+                                            qwen2_5/1.5B_lora_single_device
+                                            qwen2_5/3B_lora
+                                            qwen2_5/3B_lora_single_device
+                                            qwen2_5/7B_lora
+                                            qwen2_5/7B_lora_single_device
+                                            qwen2_5/14B_lora_single_device
+                                            qwen2_5/32B_lora
+                                            qwen2_5/72B_lora
+                                            qwen3/0.6B_lora
+                                            qwen3/0.6B_lora_single_device
+                                            qwen3/1.7B_lora
+                                            qwen3/1.7B_lora_single_device
+                                            qwen3/4B_lora
+                                            qwen3/4B_lora_single_device
+                                            qwen3/8B_lora
+                                            qwen3/8B_lora_single_device
+                                            qwen3/14B_lora_single_device
+                                            qwen3/32B_lora
                                             smollm2/135M_lora_summarize
     generate                                generation
                                             smollm2/135M_generate
+
+    NOT YET                                 CONFIG                                  ROAD
+    full_finetune_single_device             llama2/7B_full_low_memory               methods: full fine-tuning
+                                            code_llama2/7B_full_low_memory
+                                            llama3/8B_full_single_device
+                                            llama3_1/8B_full_single_device
+                                            mistral/7B_full_low_memory
+                                            phi3/mini_full_low_memory
+    full_finetune_distributed               llama2/7B_full                          methods: full fine-tuning
+                                            llama2/13B_full
+                                            llama3/8B_full
+                                            llama3_1/8B_full
+                                            llama3/70B_full
+                                            llama3_1/70B_full
+                                            mistral/7B_full
+                                            gemma/2B_full
+                                            gemma/7B_full
+                                            phi3/mini_full
+    lora_finetune_single_device             llama2/7B_qlora_single_device           breadth: a 4-bit base (QLoRA)
+                                            code_llama2/7B_qlora_single_device
+                                            llama3/8B_qlora_single_device
+                                            llama3_1/8B_qlora_single_device
+                                            llama2/13B_qlora_single_device
+                                            mistral/7B_qlora_single_device
+                                            gemma/2B_lora_single_device             breadth: the Gemma family
+                                            gemma/2B_qlora_single_device
+                                            gemma/7B_lora_single_device
+                                            gemma/7B_qlora_single_device
+                                            phi3/mini_lora_single_device            breadth: the Phi family
+                                            phi3/mini_qlora_single_device
+    lora_finetune_distributed               gemma/2B_lora                           breadth: the Gemma family
+                                            gemma/7B_lora
+                                            phi3/mini_lora                          breadth: the Phi family
+                                            llama3_1/405B_qlora                     breadth: a 4-bit base (QLoRA)
+    lora_finetune_fsdp2                     llama2/7B_qlora                         breadth: a 4-bit base (QLoRA)
+                                            llama2/70B_qlora
+    lora_dpo_single_device                  llama2/7B_lora_dpo_single_device        methods: preference training
+    lora_dpo_distributed                    llama2/7B_lora_dpo                      methods: preference training
+    full_dpo_distributed                    llama3_1/8B_full_dpo                    methods: preference training
+    ppo_full_finetune_single_device         mistral/7B_full_ppo_low_memory          breadth: training by rewards
+    dev/grpo_full_finetune_distributed      dev/3B_full_grpo                        breadth: training by rewards
+    dev/async_grpo_full_finetune_distributed dev/qwen3B_async_grpo                   breadth: training by rewards
+    knowledge_distillation_single_device    qwen2/1.5_to_0.5B_KD_lora_single_device methods: distillation
+    knowledge_distillation_distributed      qwen2/1.5_to_0.5B_KD_lora_distributed   methods: distillation
+    qat_single_device                       qwen2_5/1.5B_qat_single_device          breadth: quantisation-aware training
+    qat_distributed                         llama2/7B_qat_full                      breadth: quantisation-aware training
+                                            llama3/8B_qat_full
+    qat_lora_finetune_distributed           llama3/8B_qat_lora                      breadth: quantisation-aware training
+    dev/early_exit_finetune_distributed     llama2/7B_full_early_exit               methods: full fine-tuning
+    dev/lora_finetune_distributed_multi_dataset dev/11B_lora_multi_dataset              breadth: images
+    dev/generate_v2                         llama3_2_vision/11B_generation_v2       breadth: images
+    dev/generate_v2_distributed             llama3/70B_generation_distributed       distribution: sharded models
+    eleuther_eval                           eleuther_evaluation                     breadth: evaluation
+    quantize                                quantization                            breadth: quantisation
     ");
-    assert_snapshot!(case.host(&["ls", "--json"]), @r#"
+    let listed = case.host(&["ls", "--json"]);
+    let listed: serde_json::Value = serde_json::from_str(listed.strip_prefix("exit 0\n--- stdout\n").unwrap()).unwrap();
+    let rows = listed.as_array().unwrap();
+    assert_eq!(rows[0]["configs"][0]["name"], "llama2/7B_lora");
+    assert!(rows.iter().any(|row| row["recipe"] == "quantize" && row["not_yet"] == "breadth: quantisation"));
+    assert_snapshot!(case.host(&["ls", "--json", "generate"]), @r#"
     exit 0
     --- stdout
     [
-      {
-        "recipe": "lora_distributed",
-        "about": "fine-tunes adapters (LoRA), on one device or many",
-        "aliases": [
-          "lora_finetune_distributed",
-          "lora_finetune_single_device"
-        ],
-        "path": "recipes/lora_distributed.wasm",
-        "configs": [
-          {
-            "name": "llama3_1/8B_lora",
-            "path": "configs/llama3_1/8B_lora.yaml"
-          },
-          {
-            "name": "smollm2/135M_lora_summarize",
-            "path": "configs/smollm2/135M_lora_summarize.yaml"
-          }
-        ]
-      },
       {
         "recipe": "generate",
         "about": "writes a continuation of one prompt",
@@ -278,12 +459,103 @@ fn flags_stand_before_or_after_the_recipe() {
     }
 }
 
+/// Every flag of torchrun is obeyed, said to change nothing, or refused with a reason.
+#[test]
+fn torchruns_flags() {
+    let case = Case::new();
+    let run = |flags: &[&str]| {
+        case.host(
+            &[&["run"], flags, &["lora_finetune_distributed", "--config", "c.yaml", "output_dir=c.yaml"]].concat(),
+        )
+    };
+    let flags = ["--nnodes", "1", "--rdzv_backend=c10d", "--rdzv-id", "7", "--max_restarts", "0", "--standalone"];
+    assert_snapshot!(run(&flags), @"
+    exit 2
+    --- stderr
+    error: the output folder `c.yaml` cannot be made: `c.yaml` is a file
+      --> command line
+    ");
+    assert_snapshot!(run(&["--nnodes", "2", "--node_rank=1", "--max-restarts", "3", "-m", "--numa_binding", "node"]), @"
+    exit 2
+    --- stderr
+    error: `--nnodes 2` cannot be obeyed: a run is on one machine so far
+    hint: leave it out
+
+    error: `--node-rank 1` cannot be obeyed: a run is on one machine so far
+    hint: leave it out
+
+    error: `--max-restarts 3` cannot be obeyed: a run that failed goes on with `resume_from_checkpoint=True`
+    hint: leave it out
+
+    error: `--numa-binding node` cannot be obeyed: workers are not bound to CPUs; `numactl` does it for all of them
+    hint: leave it out
+
+    error: `--module` cannot be obeyed: a recipe is a .wasm or .rhai file, not Python
+    hint: leave it out
+    ");
+    assert_snapshot!(run(&["--tee", "3"]), @"
+    exit 2
+    --- stderr
+    error: the following required arguments were not provided:
+      --log-dir <DIR>
+
+    Usage: host run --config <FILE> --log-dir <DIR> --tee <STREAMS> <RECIPE> <OVERRIDE>...
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(run(&["--log-dir", "logs", "--redirects", "7"]), @"
+    exit 2
+    --- stderr
+    error: invalid value '7' for '--redirects <STREAMS>': 0 to 3 is needed (1 stdout, 2 stderr, 3 both), or `RANK:STREAMS,…`
+
+    For more information, try '--help'.
+    ");
+    let torchrun = [
+        "nnodes",
+        "nproc-per-node",
+        "rdzv-backend",
+        "rdzv-endpoint",
+        "rdzv-id",
+        "rdzv-conf",
+        "standalone",
+        "max-restarts",
+        "monitor-interval",
+        "start-method",
+        "event-log-handler",
+        "role",
+        "module",
+        "no-python",
+        "run-path",
+        "log-dir",
+        "redirects",
+        "tee",
+        "local-ranks-filter",
+        "duplicate-stdout-filters",
+        "duplicate-stderr-filters",
+        "node-rank",
+        "master-addr",
+        "master-port",
+        "local-addr",
+        "logs-specs",
+        "numa-binding",
+        "signals-to-handle",
+        "virtual-local-rank",
+    ];
+    for flag in torchrun {
+        let both = [format!("--{flag}"), format!("--{}", flag.replace('-', "_"))];
+        for flag in &both {
+            let answer = case.host(&["run", flag]);
+            assert!(!answer.contains("unexpected argument"), "{flag}: {answer}");
+        }
+    }
+}
+
 #[test]
 fn no_process_is_not_a_number_of_processes() {
     assert_snapshot!(Case::new().host(&["run", "lora_distributed", "--nproc", "0", "--config", "c.yaml"]), @"
     exit 2
     --- stderr
-    error: invalid value '0' for '--nproc <N>': 0 is not in 1..=1024
+    error: invalid value '0' for '--nproc <N>': a number from 1 to 1024, `auto`, `cpu` or `gpu` is needed
 
     For more information, try '--help'.
     ");
@@ -474,4 +746,116 @@ fn cat_prints_what_is_read() {
     error: `c.txt` is neither a .yaml file nor a config's name
     hint: `host ls` lists the names
     ");
+}
+
+/// What is not built yet is told by name, with the road it is on.
+#[test]
+fn what_is_not_there_yet_says_so() {
+    let case = Case::new();
+    assert_snapshot!(case.host(&["run", "full_finetune_distributed", "--config", "llama3_1/8B_full"]), @"
+    exit 2
+    --- stderr
+    error: the recipe `full_finetune_distributed` of torchtune is not there yet
+    cause: on the road: methods: full fine-tuning
+    hint: `host ls` lists what is there
+
+    error: the config `llama3_1/8B_full` of torchtune is not there yet
+    cause: on the road: methods: full fine-tuning
+    hint: `host ls` lists what is there
+    ");
+    assert_snapshot!(case.host(&["cp", "llama2/7B_qlora_single_device", "my.yaml"]), @"
+    exit 2
+    --- stderr
+    error: the recipe or config `llama2/7B_qlora_single_device` of torchtune is not there yet
+    cause: on the road: breadth: a 4-bit base (QLoRA)
+    hint: `host ls` lists what is there
+    ");
+    assert_snapshot!(case.host(&["cat", "gemma/2B_lora"]), @"
+    exit 2
+    --- stderr
+    error: the config `gemma/2B_lora` of torchtune is not there yet
+    cause: on the road: breadth: the Gemma family
+    hint: `host ls` lists what is there
+    ");
+    assert_snapshot!(case.host(&["validate", "eleuther_evaluation"]), @"
+    exit 2
+    --- stderr
+    error: the config `eleuther_evaluation` of torchtune is not there yet
+    cause: on the road: breadth: evaluation
+    hint: `host ls` lists what is there
+    ");
+    assert_snapshot!(case.host(&["ls", "lora_dpo_distributed"]), @"
+    exit 0
+    --- stdout
+    NOT YET                                 CONFIG                                  ROAD
+    lora_dpo_distributed                    llama2/7B_lora_dpo                      methods: preference training
+    ");
+}
+
+#[test]
+fn the_page_of_keys_is_current() {
+    let page = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/REFERENCE.md")).unwrap();
+    let printed = Case::new().host(&["keys"]);
+    assert_eq!(printed.strip_prefix("exit 0\n--- stdout\n").unwrap().trim_end(), page.trim_end());
+}
+
+#[test]
+fn keys_are_told_by_name() {
+    let case = Case::new();
+    assert_snapshot!(case.host(&["keys", "torch.optim.AdamW"]), @"
+    exit 0
+    --- stdout
+    ## `AdamW`, an optimizer
+
+    Adam with decoupled weight decay.
+
+    Also `adamw`, `torch.optim.AdamW`.
+
+    | key | value | default | |
+    | --- | --- | --- | --- |
+    | `lr` | a number, at least 0 | `1e-3` | Learning rate, before the schedule. |
+    | `betas` | a value | `[0.9, 0.999]` | Decay of the two moments. |
+    | `eps` | a number, at least 0 | `1e-8` | Keeps the division finite. |
+    | `weight_decay` | a number, at least 0 | `0.01` | Decoupled weight decay. |
+    | `fused` | `True` or `False` | `null` | One kernel for all weights. Changes nothing: the host picks the kernel. |
+    | `foreach` | `True` or `False` | `null` | One call for many weights. Changes nothing: the host picks the kernel. |
+    | `capturable` | `True` or `False` | `False` | For CUDA graphs. Changes nothing: the host picks the kernel. |
+    | `amsgrad` | `True` or `False` | `False` | Largest second moment. Only `False`: not available yet. |
+    | `maximize` | `True` or `False` | `False` | Climb instead. Only `False`: a loss is made small. |
+    | `differentiable` | `True` or `False` | `False` | Gradients through the update. Only `False`: updates have no gradient. |
+    ");
+    assert_snapshot!(case.host(&["keys", "epochs"]), @"
+    exit 0
+    --- stdout
+    ## Training
+
+    Top-level keys of a config for a recipe.
+
+    | key | value | default | |
+    | --- | --- | --- | --- |
+    | `epochs` | a whole number, at least 1 | `1` | How often the data is seen. |
+    ");
+    assert_snapshot!(case.host(&["keys", "epoch"]), @"
+    exit 2
+    --- stderr
+    error: there is no component and no key `epoch`
+    hint: did you mean `epochs`?
+    ");
+    assert_snapshot!(case.host(&["keys", "WandBLogger"]), @"
+    exit 0
+    --- stdout
+    ## `WandBLogger`, a metric logger
+
+    Refused: W&B is reached by its own client alone; `wandb sync FOLDER` uploads what `TensorBoardLogger` writes.
+
+    Also `torchtune.training.metric_logging.WandBLogger`, `torchtune.utils.metric_logging.WandBLogger`.
+    ");
+}
+
+#[test]
+fn shells_complete_it() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = Case::new().host(&["completions", shell]);
+        assert!(script.starts_with("exit 0") && script.contains("nproc") && script.contains("doctor"), "{script}");
+    }
 }

@@ -4,6 +4,7 @@
 //! die or are interrupted, what a run leaves on disk, and what a worker says of bad input.
 
 mod case;
+mod configs;
 mod ends;
 #[path = "../../host/src/gguf/fixture.rs"]
 #[allow(dead_code)]

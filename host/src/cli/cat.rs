@@ -39,6 +39,9 @@ pub fn run(args: &Args) -> Result<()> {
             args.config
         ));
     }
+    if let (false, Some(later)) = (path.exists(), registry::not_yet(&args.config)) {
+        return Err(shipped::not_yet("config", &args.config, later));
+    }
     if path.extension().is_none_or(|suffix| suffix != "yaml" && suffix != "yml") {
         return Err(Error::config(format!("`{}` is neither a .yaml file nor a config's name", args.config))
             .hint("`host ls` lists the names"));

@@ -92,6 +92,9 @@ fn find(name: &str, around: &Surroundings<'_>) -> Result<PathBuf> {
         }),
     };
     found.ok_or_else(|| {
+        if let Some(later) = registry::not_yet(name) {
+            return shipped::not_yet("recipe or config", name, later);
+        }
         let error = Error::config(format!("there is no recipe, config or template `{name}`"));
         match registry::similar_recipe(name).or_else(|| registry::similar_config(name)) {
             Some(near) => error.hint(format!("did you mean `{near}`?")),

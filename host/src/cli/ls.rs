@@ -1,11 +1,11 @@
-//! `host ls`: the recipes and configs that come with it, in torchtune's columns.
+//! `host ls`: the recipes and configs that come with it, in torchtune's columns, and those that are not there yet.
 
 use std::path::PathBuf;
 
 use serde_json::json;
 
 use super::{shipped, ui};
-use crate::config::registry::{self, RECIPES, Recipe};
+use crate::config::registry::{self, NOT_YET, NotYet, RECIPES, Recipe};
 use crate::config::resolve::Surroundings;
 use crate::error::{Error, Result};
 
@@ -13,9 +13,9 @@ const EXAMPLES: &str = "\
 Examples:
   host ls
   host ls lora_finetune_distributed
-  host ls --json | jq -r '.[].configs[].name'";
+  host ls --json | jq -r '.[] | select(.not_yet | not) | .configs[].name'";
 
-/// Lists the recipes and configs that come with it
+/// Lists the recipes and configs that come with it, and those that are not there yet
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -31,24 +31,31 @@ pub fn run(args: &Args) -> Result<()> {
     let around = shipped::surroundings();
     let recipes = match &args.recipe {
         None => RECIPES,
-        Some(name) => {
-            let recipe = registry::recipe(name).ok_or_else(|| {
-                let error = Error::config(format!("there is no recipe `{name}`"));
-                match registry::similar_recipe(name) {
-                    Some(near) => error.hint(format!("did you mean `{near}`?")),
-                    None => error.hint("`host ls` lists the names"),
-                }
-            })?;
-            std::slice::from_ref(recipe)
-        }
+        Some(name) => registry::recipe(name).map_or(&[][..], std::slice::from_ref),
     };
+    let is_asked = |entry: &&NotYet| args.recipe.as_ref().is_none_or(|name| entry.recipe == name);
+    let not_yet: Vec<&NotYet> = NOT_YET.iter().filter(is_asked).collect();
+    if let (Some(name), true, true) = (&args.recipe, recipes.is_empty(), not_yet.is_empty()) {
+        let error = Error::config(format!("there is no recipe `{name}`"));
+        return Err(match registry::similar_recipe(name) {
+            Some(near) => error.hint(format!("did you mean `{near}`?")),
+            None => error.hint("`host ls` lists the names"),
+        });
+    }
     if args.json {
-        let rows: Vec<_> = recipes.iter().map(|recipe| to_json(recipe, &around)).collect();
+        let rows = recipes.iter().map(|recipe| to_json(recipe, &around));
+        let later = not_yet
+            .into_iter()
+            .map(|entry| json!({"recipe": entry.recipe, "configs": entry.configs, "not_yet": entry.road}));
+        let rows: Vec<_> = rows.chain(later).collect();
         let text =
             serde_json::to_string_pretty(&rows).map_err(|error| Error::bug("a list is not JSON").cause(error))?;
         return ui::out(&text);
     }
-    let mut lines = vec![row("RECIPE", "CONFIG")];
+    let mut lines = vec![];
+    if !recipes.is_empty() {
+        lines.push(row("RECIPE", "CONFIG"));
+    }
     for recipe in recipes {
         let configs = configs(recipe, &around);
         if configs.is_empty() {
@@ -58,11 +65,24 @@ pub fn run(args: &Args) -> Result<()> {
             lines.push(row(if index == 0 { recipe.name } else { "" }, config));
         }
     }
+    if !not_yet.is_empty() {
+        lines.extend((!lines.is_empty()).then(String::new));
+        lines.push(format!("{:<39} {:<39} ROAD", "NOT YET", "CONFIG"));
+    }
+    let mut above = "";
+    for entry in not_yet {
+        for (index, config) in entry.configs.iter().enumerate() {
+            let recipe = if entry.recipe == above { "" } else { entry.recipe };
+            let road = if index == 0 { entry.road } else { "" };
+            lines.push(format!("{recipe:<39} {config:<39} {road}").trim_end().to_owned());
+            above = entry.recipe;
+        }
+    }
     ui::out(&lines.join("\n"))
 }
 
 fn row(recipe: &str, config: &str) -> String {
-    format!("{recipe:<40}{config:<40}").trim_end().to_owned()
+    format!("{recipe:<39} {config:<39}").trim_end().to_owned()
 }
 
 /// The configs of a recipe that are really there.

@@ -4,14 +4,17 @@
 
 mod cat;
 mod check;
+mod completions;
 mod cp;
 mod doctor;
 mod download;
 mod hub_data;
 mod import;
+mod keys;
 mod ls;
 mod run;
 mod shipped;
+mod torchrun;
 pub mod ui;
 mod validate;
 
@@ -47,9 +50,11 @@ enum Verb {
     Ls(ls::Args),
     Cp(cp::Args),
     Cat(cat::Args),
+    Keys(keys::Args),
     Download(download::Args),
     Import(import::Args),
     Doctor(doctor::Args),
+    Completions(completions::Args),
 }
 
 /// Runs what the command line asks for.
@@ -60,9 +65,11 @@ pub fn dispatch(cli: Cli) -> Result<()> {
         Some(Verb::Ls(args)) => ls::run(&args),
         Some(Verb::Cp(args)) => cp::run(&args),
         Some(Verb::Cat(args)) => cat::run(&args),
+        Some(Verb::Keys(args)) => keys::run(&args),
         Some(Verb::Download(args)) => download::run(&args),
         Some(Verb::Import(args)) => import::run(&args),
         Some(Verb::Doctor(args)) => doctor::run(&args),
+        Some(Verb::Completions(args)) => completions::run(&args),
         None => Cli::command().print_help().path_context("write to", "stdout"),
     }
 }

@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{check, hub_data, shipped, ui};
+use super::{check, hub_data, shipped, torchrun, ui};
 use crate::config::plan::Plan;
 use crate::config::resolve::{self, Surroundings};
 use crate::config::{Config, Notice, registry};
 use crate::error::{Error, Result};
-use crate::launch::{self, LaunchOptions};
+use crate::launch;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -34,21 +34,12 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     config: String,
 
-    /// Workers to start on this machine
-    #[arg(long, aliases = ["nproc_per_node", "nproc-per-node"], value_name = "N", default_value_t = 1,
-        value_parser = clap::value_parser!(u16).range(1..=1024))]
-    nproc: u16,
-
-    /// Where the workers meet
-    #[arg(long, alias = "master_addr", value_name = "HOST")]
-    master_addr: Option<String>,
-
-    /// The port where the workers meet; any free one by default
-    #[arg(long, alias = "master_port", value_name = "PORT")]
-    master_port: Option<u16>,
+    #[command(flatten)]
+    torchrun: torchrun::Args,
 }
 
 pub fn run(args: &Args) -> Result<()> {
+    let flags = args.torchrun.notices()?;
     let around = shipped::surroundings();
     let recipe = find_recipe(&args.recipe, &around);
     let config = shipped::load_config(&shipped::find_config(&args.config, &around), &args.overrides, &around);
@@ -63,14 +54,15 @@ pub fn run(args: &Args) -> Result<()> {
     notices.extend(check::check(&plan, &config)?);
     notices.extend(hub_data::settle(&mut plan, &config, true)?);
     if is_first_rank() {
+        notices.splice(0..0, flags.into_iter().map(Notice::command_line));
         ui::notices(&notices);
     }
-    if matches!(plan, Plan::Generate(_)) && args.nproc > 1 {
-        return Err(Error::config(format!("`generate` runs in one process, and {} were asked for", args.nproc))
+    let nproc = args.torchrun.nproc(&plan)?;
+    if matches!(plan, Plan::Generate(_)) && nproc > 1 {
+        return Err(Error::config(format!("`generate` runs in one process, and {nproc} were asked for"))
             .hint("leave `--nproc` out"));
     }
-    let options = LaunchOptions { master_addr: args.master_addr.clone(), master_port: args.master_port };
-    launch::run(&plan, usize::from(args.nproc), &options)
+    launch::run(&plan, nproc, &args.torchrun.options()?)
 }
 
 enum Recipe {
@@ -96,6 +88,7 @@ fn find_recipe(name: &str, around: &Surroundings<'_>) -> Result<Recipe> {
         None if path.is_dir() => {
             Err(Error::config(format!("the recipe `{name}` is a folder, not a .wasm or .rhai file")))
         }
+        None if let Some(later) = registry::not_yet(name) => Err(shipped::not_yet("recipe", name, later)),
         None => {
             let error = Error::config(format!("there is no recipe `{name}`"));
             Err(match registry::similar_recipe(name) {

@@ -85,8 +85,18 @@ pub fn find(relative: &str, around: &Surroundings<'_>) -> Option<PathBuf> {
     around.shipped.iter().map(path).find(|path| path.is_file())
 }
 
+/// torchtune has it, and `host` does not yet.
+pub fn not_yet(noun: &str, name: &str, later: &registry::NotYet) -> Error {
+    Error::config(format!("the {noun} `{name}` of torchtune is not there yet"))
+        .cause(format!("on the road: {}", later.road))
+        .hint("`host ls` lists what is there")
+}
+
 /// Loads the config that [`find_config`] made of `name`; where there is none, says which was probably meant.
 pub fn load_config(path: &Path, overrides: &[String], around: &Surroundings<'_>) -> Result<Config> {
+    if let (false, Some(later)) = (path.exists(), path.to_str().and_then(registry::not_yet)) {
+        return Err(not_yet("config", &path.display().to_string(), later));
+    }
     if !path.exists()
         && let Some(near) = path.to_str().and_then(registry::similar_config)
         && find_config(near, around).is_file()

@@ -22,11 +22,21 @@ use yaml::{Mark, Node, Tree};
 /// A config longer than this is something else: torchtune's are 4 KB.
 const MAX_BYTES: u64 = 1 << 20;
 
+/// What a location says of something that is in no file.
+const COMMAND_LINE: &str = "command line";
+
 /// Something to know about a config that is fine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
     pub message: String,
     pub location: Location,
+}
+
+impl Notice {
+    /// Of something on the command line.
+    pub fn command_line(message: String) -> Self {
+        Self { message, location: Location { file: COMMAND_LINE.into(), line: None, column: None } }
+    }
 }
 
 /// A config after overrides and interpolation, with the mistakes found so far.
@@ -116,7 +126,7 @@ impl Config {
     fn location(&self, mark: Mark) -> Location {
         match mark {
             Mark::File { line, column } => Location { file: self.path.clone(), line: Some(line), column: Some(column) },
-            Mark::CommandLine => Location { file: "command line".into(), line: None, column: None },
+            Mark::CommandLine => Location { file: COMMAND_LINE.into(), line: None, column: None },
         }
     }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_yaml::Value;
 
 use super::yaml::{self, Entry, Mark, Node, Tree};
-use super::{registry, suggest};
+use super::{COMMAND_LINE, registry, suggest};
 use crate::error::{Error, Result};
 
 enum Override<'a> {
@@ -50,7 +50,7 @@ fn drop_stale(root: &mut Node, path: &str) {
 }
 
 fn fail(argument: &str, message: impl Into<String>) -> Error {
-    Error::config(message).at_file(format!("command line: {argument}"))
+    Error::config(message).at_file(format!("{COMMAND_LINE}: {argument}"))
 }
 
 fn parse(argument: &str) -> Result<Override<'_>> {

@@ -10,6 +10,7 @@ use std::path::Path;
 use saphyr_parser::{Event, Marker, Parser, ScalarStyle, Tag};
 use serde_yaml::Value;
 
+use super::COMMAND_LINE;
 use crate::error::{Error, Result};
 
 /// Nesting a config may have; torchtune's have 3.
@@ -199,7 +200,7 @@ fn not_yaml(text: &str, file: &Path, at: Marker, why: &str) -> Error {
 pub fn locate(error: Error, file: &Path, mark: Mark) -> Error {
     match mark {
         Mark::File { line, column } => error.at(file, Some(line), Some(column)),
-        Mark::CommandLine => error.at_file("command line"),
+        Mark::CommandLine => error.at_file(COMMAND_LINE),
     }
 }
 

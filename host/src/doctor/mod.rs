@@ -124,6 +124,12 @@ impl Facts {
     }
 }
 
+/// How many GPUs a run here can use.
+pub fn num_gpus() -> Result<usize> {
+    let (worker, libtorch) = (launch::worker_path()?, libtorch::find()?);
+    Ok(probe(&worker, &libtorch.lib_dir, PROBE_LIMIT)?.devices.len())
+}
+
 /// Asks the worker what it sees. Its output goes to files, so that no pipe can fill up while we wait.
 fn probe(worker: &Path, libtorch_lib: &Path, limit: Duration) -> Result<Probe> {
     let failed = |what: &str| Error::run(format!("the worker `{}` {what}", worker.display()));

@@ -7,6 +7,7 @@
 //! Workers stay in the launcher's process group, so that Ctrl-Z, `fg` and the terminal's own Ctrl-C work as for any
 //! program. A Ctrl-C then reaches a worker twice, once forwarded; a worker's handler only sets a flag, so it counts once.
 
+mod logs;
 mod ranks;
 mod verdict;
 
@@ -22,12 +23,15 @@ use crate::error::{Error, IoContext, Result};
 use crate::worker::{GroupVars, RANK, WORLD_SIZE, WorkerEnv};
 use crate::{libtorch, machine};
 
-/// What the command line says about how ranks meet.
+pub use logs::{Logs, Streams};
+
+/// What the command line says about how ranks meet, and where their output goes.
 #[derive(Clone, Debug, Default)]
 pub struct LaunchOptions {
     pub master_addr: Option<String>,
     /// `None`, or 0: any free port.
     pub master_port: Option<u16>,
+    pub logs: Logs,
 }
 
 /// Runs `plan` on `nproc` workers here, or as the one worker that an environment with `RANK` and `WORLD_SIZE` asks for.
@@ -35,7 +39,7 @@ pub fn run(plan: &Plan, nproc: usize, opts: &LaunchOptions) -> Result<()> {
     let group = Group::resolve(|name| std::env::var_os(name), nproc, opts)?;
     let worker = worker_path()?;
     let libtorch_lib = libtorch::find()?.lib_dir;
-    Launcher { worker, libtorch_lib, group }.run(plan)
+    Launcher { worker, libtorch_lib, group, logs: opts.logs.clone() }.run(plan)
 }
 
 /// Where `host-rank` has to be: beside this program.
@@ -72,7 +76,7 @@ struct Group {
 
 impl Group {
     fn resolve(var: impl Fn(&str) -> Option<OsString>, nproc: usize, opts: &LaunchOptions) -> Result<Self> {
-        let LaunchOptions { master_addr, master_port } = opts;
+        let LaunchOptions { master_addr, master_port, logs: _ } = opts;
         if let Some(first) = GroupVars::read(&var)? {
             let given = [
                 (nproc > 1).then(|| format!("--nproc {nproc}")),
@@ -125,6 +129,7 @@ struct Launcher {
     worker: PathBuf,
     libtorch_lib: PathBuf,
     group: Group,
+    logs: Logs,
 }
 
 impl Launcher {
@@ -142,7 +147,8 @@ impl Launcher {
         for index in 0..self.group.count {
             let env = self.worker_env(index, folder.path());
             let mut command = self.command(&env, &plan_path);
-            ranks.start(&env, &mut command).map_err(|error| {
+            let outputs = ranks::Outputs::open(&self.logs, &env, index == 0)?;
+            ranks.start(&env, &mut command, outputs).map_err(|error| {
                 Error::run(format!("cannot start the worker of rank {}, `{}`", env.rank, self.worker.display()))
                     .cause(error)
             })?;

@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use super::logs::{Logs, Sinks, Stream};
 use crate::error::{Error, Result};
 use crate::worker::{Report, WorkerEnv, since_epoch};
 
@@ -63,6 +64,29 @@ impl Worker {
     }
 }
 
+/// Where the output of one worker goes.
+pub(super) struct Outputs {
+    out: Sinks,
+    err: Sinks,
+    /// The first worker keeps our terminal, for its progress bar; the others' lines get a label.
+    has_terminal: bool,
+}
+
+impl Outputs {
+    pub fn open(logs: &Logs, env: &WorkerEnv, is_first: bool) -> Result<Self> {
+        let sinks = |stream| logs.sinks(env.rank, env.local_rank, stream);
+        Ok(Self { out: sinks(Stream::Out)?, err: sinks(Stream::Err)?, has_terminal: is_first })
+    }
+
+    fn stdio(&self, sinks: &Sinks) -> Stdio {
+        match sinks {
+            sinks if sinks.is_plain() && self.has_terminal => Stdio::inherit(),
+            Sinks { is_shown: false, file: None } => Stdio::null(),
+            _ => Stdio::piped(),
+        }
+    }
+}
+
 /// All workers of this launcher. Dropping it kills those that are left.
 pub(super) struct Ranks {
     running: Vec<Worker>,
@@ -92,19 +116,18 @@ impl Ranks {
         })
     }
 
-    /// Starts one worker. The first keeps our terminal, for its progress bar; the others' lines get a label.
-    pub fn start(&mut self, env: &WorkerEnv, command: &mut Command) -> std::io::Result<()> {
-        command.stdin(Stdio::null());
-        if !self.running.is_empty() {
-            command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        }
+    /// Starts one worker.
+    pub fn start(&mut self, env: &WorkerEnv, command: &mut Command, outputs: Outputs) -> std::io::Result<()> {
+        command.stdin(Stdio::null()).stdout(outputs.stdio(&outputs.out)).stderr(outputs.stdio(&outputs.err));
         let mut child = command.spawn()?;
         let rank = env.rank;
         if let Some(from) = child.stdout.take() {
-            self.forwarders.push(std::thread::spawn(move || forward_lines(rank, from, || std::io::stdout().lock())));
+            let forward = move || forward_lines(rank, from, outputs.out, || std::io::stdout().lock());
+            self.forwarders.push(std::thread::spawn(forward));
         }
         if let Some(from) = child.stderr.take() {
-            self.forwarders.push(std::thread::spawn(move || forward_lines(rank, from, || std::io::stderr().lock())));
+            let forward = move || forward_lines(rank, from, outputs.err, || std::io::stderr().lock());
+            self.forwarders.push(std::thread::spawn(forward));
         }
         self.running.push(Worker { rank, child, report_path: env.report.clone(), sent: vec![] });
         Ok(())
@@ -212,10 +235,12 @@ impl Drop for Ranks {
 }
 
 /// Copies lines with the rank's label, each in one write, so that lines of several ranks do not mix.
-fn forward_lines<W: Write>(rank: usize, from: impl Read, to: impl Fn() -> W) {
+fn forward_lines<W: Write>(rank: usize, from: impl Read, sinks: Sinks, to: impl Fn() -> W) {
     let mut from = BufReader::new(from);
+    let Sinks { is_shown, mut file } = sinks;
+    let label = format!("[rank {rank}] ").into_bytes();
     loop {
-        let mut line = format!("[rank {rank}] ").into_bytes();
+        let mut line = label.clone();
         match from.read_until(b'\n', &mut line) {
             Ok(0) | Err(_) => return,
             Ok(_) => {}
@@ -223,8 +248,13 @@ fn forward_lines<W: Write>(rank: usize, from: impl Read, to: impl Fn() -> W) {
         if line.last() != Some(&b'\n') {
             line.push(b'\n');
         }
-        // Where our own output is closed there is nobody to tell; the worker must not block for that.
-        let mut to = to();
-        let _ = to.write_all(&line).and_then(|()| to.flush());
+        // Where our own output is closed, or the disk full, there is nobody to tell; the worker must not block for that.
+        if let Some(file) = &mut file {
+            let _ = file.write_all(&line[label.len()..]);
+        }
+        if is_shown {
+            let mut to = to();
+            let _ = to.write_all(&line).and_then(|()| to.flush());
+        }
     }
 }

@@ -42,7 +42,7 @@ impl Stage {
 
     fn launcher(&self, nproc: usize) -> Launcher {
         let group = Group::resolve(|_| None, nproc, &LaunchOptions::default()).unwrap();
-        Launcher { worker: self.path("worker"), libtorch_lib: "/opt/torch/lib".into(), group }
+        Launcher { worker: self.path("worker"), libtorch_lib: "/opt/torch/lib".into(), group, logs: Logs::default() }
     }
 
     fn run(&self, nproc: usize) -> Result<()> {
@@ -110,7 +110,8 @@ fn a_launcher_by_itself() {
     };
     let group = Group::resolve(|_| None, nproc.parse().unwrap(), &LaunchOptions::default()).unwrap();
     let worker = Path::new(&folder).join("worker");
-    let result = Launcher { worker, libtorch_lib: "/opt/torch/lib".into(), group }.run(&serde_json::json!({}));
+    let result = Launcher { worker, libtorch_lib: "/opt/torch/lib".into(), group, logs: Logs::default() }
+        .run(&serde_json::json!({}));
     let code = result.as_ref().err().map_or(0, Error::exit_code);
     if let Err(error) = result {
         eprintln!("{error}");
@@ -168,6 +169,24 @@ fn every_worker_sees_its_place() {
     }
     assert_ne!(read("port0".into()).parse::<u16>().unwrap(), 0);
     stage.assert_nobody_left(3);
+}
+
+#[test]
+fn output_goes_to_the_files_that_were_asked_for() {
+    let stage = Stage::new("echo out $RANK; echo err $RANK >&2");
+    let mut launcher = stage.launcher(3);
+    let streams = |text: &str| text.parse::<Streams>().unwrap();
+    let dir = Some(stage.path("logs"));
+    launcher.logs = Logs { dir, redirects: streams("0:1"), tee: streams("1:3"), shown: vec![0] };
+    launcher.run(&serde_json::json!({})).unwrap();
+    let read = |name: &str| std::fs::read_to_string(stage.path("logs").join(name)).ok();
+    assert_eq!(read("rank_0/stdout.log").as_deref(), Some("out 0\n"));
+    assert_eq!(read("rank_1/stdout.log").as_deref(), Some("out 1\n"));
+    assert_eq!(read("rank_1/stderr.log").as_deref(), Some("err 1\n"));
+    assert_eq!((read("rank_0/stderr.log"), read("rank_2/stdout.log")), (None, None));
+    launcher.logs = Logs { dir: Some("/proc/nowhere".into()), tee: Streams::ALL, ..Logs::default() };
+    let error = launcher.run(&serde_json::json!({})).unwrap_err();
+    assert!(error.message.contains("/proc/nowhere/rank_0"), "{error}");
 }
 
 #[test]
@@ -327,7 +346,7 @@ fn workers_die_with_a_killed_launcher() {
 fn a_port_in_use_is_an_error_before_workers_start() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
-    let options = LaunchOptions { master_addr: None, master_port: Some(port) };
+    let options = LaunchOptions { master_addr: None, master_port: Some(port), ..LaunchOptions::default() };
     let error = Group::resolve(|_| None, 2, &options).unwrap_err();
     assert_eq!(
         error.message,
@@ -353,7 +372,7 @@ fn an_environment_with_a_rank_is_joined_by_one_worker() {
         Some(OsString::from(value))
     };
     let group = Group::resolve(var, 1, &LaunchOptions::default()).unwrap();
-    let launcher = Launcher { worker: "worker".into(), libtorch_lib: "lib".into(), group };
+    let launcher = Launcher { worker: "worker".into(), libtorch_lib: "lib".into(), group, logs: Logs::default() };
     assert_eq!(launcher.group.count, 1);
     let env = launcher.worker_env(0, Path::new("reports"));
     assert_eq!((env.rank, env.local_rank, env.world_size, env.local_world_size), (5, 1, 8, 4));
@@ -361,6 +380,6 @@ fn an_environment_with_a_rank_is_joined_by_one_worker() {
 
     let error = Group::resolve(var, 2, &LaunchOptions::default()).unwrap_err();
     assert_eq!(error.message, "`--nproc 2` contradicts the environment, which says `RANK=5` of `WORLD_SIZE=8`");
-    let options = LaunchOptions { master_addr: None, master_port: Some(1234) };
+    let options = LaunchOptions { master_addr: None, master_port: Some(1234), ..LaunchOptions::default() };
     assert!(Group::resolve(var, 1, &options).unwrap_err().message.starts_with("`--master-port 1234` contradicts"));
 }

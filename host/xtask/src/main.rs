@@ -6,6 +6,7 @@
 mod apt;
 mod bench;
 mod build;
+mod configs;
 mod data;
 mod demo;
 mod gate;
@@ -49,6 +50,8 @@ enum Task {
     },
     /// Format, lints and every test
     Test,
+    /// Write the LoRA configs of torchtune's names
+    Configs,
     /// Generate the Rhai side of the SDK from its WIT
     Sdk {
         /// Only compare with what is committed
@@ -81,6 +84,7 @@ fn run(task: Task) -> Result<()> {
         Task::Data => data::run(root),
         Task::Demo { data } => demo::run(root, data.as_deref()),
         Task::Test => gate::run(root),
+        Task::Configs => configs::generate(root, false),
         Task::Sdk { check } => sdk_gen::generate(root, check).map_err(shell::Failure::new),
         Task::Interop(args) => interop::run(root, &args),
         Task::Bench(args) => bench::run(root, &args),

@@ -7,9 +7,11 @@
 
 pub mod components;
 pub mod keys;
+mod not_yet;
 
 use super::suggest;
 use crate::error::quoted;
+pub use not_yet::{NOT_YET, NotYet, not_yet};
 
 /// What a component is for; a section of the config takes one role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,9 +225,56 @@ pub struct Recipe {
 pub const RECIPES: &[Recipe] = &[
     Recipe {
         name: "lora_distributed",
-        aliases: &["lora_finetune_distributed", "lora_finetune_single_device"],
+        aliases: &["lora_finetune_distributed", "lora_finetune_single_device", "lora_finetune_fsdp2"],
         is_guest: true,
-        configs: &["llama3_1/8B_lora", "smollm2/135M_lora_summarize"],
+        configs: &[
+            "llama2/7B_lora",
+            "llama2/7B_lora_single_device",
+            "llama2/13B_lora",
+            "llama2/70B_lora",
+            "code_llama2/7B_lora_single_device",
+            "llama3/8B_lora",
+            "llama3/8B_lora_single_device",
+            "llama3/70B_lora",
+            "llama3_1/8B_lora",
+            "llama3_1/8B_lora_single_device",
+            "llama3_1/70B_lora",
+            "llama3_2/1B_lora",
+            "llama3_2/1B_lora_single_device",
+            "llama3_2/3B_lora",
+            "llama3_2/3B_lora_single_device",
+            "llama3_3/70B_lora",
+            "mistral/7B_lora",
+            "mistral/7B_lora_single_device",
+            "qwen2/0.5B_lora",
+            "qwen2/0.5B_lora_single_device",
+            "qwen2/1.5B_lora",
+            "qwen2/1.5B_lora_single_device",
+            "qwen2/7B_lora",
+            "qwen2/7B_lora_single_device",
+            "qwen2_5/0.5B_lora",
+            "qwen2_5/0.5B_lora_single_device",
+            "qwen2_5/1.5B_lora",
+            "qwen2_5/1.5B_lora_single_device",
+            "qwen2_5/3B_lora",
+            "qwen2_5/3B_lora_single_device",
+            "qwen2_5/7B_lora",
+            "qwen2_5/7B_lora_single_device",
+            "qwen2_5/14B_lora_single_device",
+            "qwen2_5/32B_lora",
+            "qwen2_5/72B_lora",
+            "qwen3/0.6B_lora",
+            "qwen3/0.6B_lora_single_device",
+            "qwen3/1.7B_lora",
+            "qwen3/1.7B_lora_single_device",
+            "qwen3/4B_lora",
+            "qwen3/4B_lora_single_device",
+            "qwen3/8B_lora",
+            "qwen3/8B_lora_single_device",
+            "qwen3/14B_lora_single_device",
+            "qwen3/32B_lora",
+            "smollm2/135M_lora_summarize",
+        ],
         doc: "fine-tunes adapters (LoRA), on one device or many",
     },
     Recipe {

@@ -1,0 +1,254 @@
+//! `cargo xtask configs`: the LoRA configs of torchtune's names, a table and one text.
+//!
+//! The values are those of torchtune's last configs of these names (Code Llama: v0.2.1's). `llama3_1/8B_lora`, `generation`
+//! and SmolLM2's are written by hand.
+
+use std::path::{Path, PathBuf};
+
+use crate::shell::{Failure, Result};
+
+struct Row {
+    /// Of the config, without what it is for.
+    name: &'static str,
+    model: &'static str,
+    /// On the hub.
+    repo: &'static str,
+    tokenizer: Tokenizer,
+    runs: Runs,
+    rank: u32,
+    alpha: u32,
+    /// Of several devices, and of one.
+    lr: [&'static str; 2],
+    accumulation: [u32; 2],
+    batch_size: u32,
+    /// An adapter on the output layer.
+    adapts_output: bool,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Runs {
+    /// `_lora` and `_lora_single_device`.
+    Both,
+    Distributed,
+    Single,
+}
+
+#[derive(Clone, Copy)]
+enum Tokenizer {
+    Llama2,
+    Llama3,
+    Mistral,
+    /// `qwen2`, `qwen2_5` or `qwen3`.
+    Qwen(&'static str),
+}
+
+use Runs::{Both, Distributed, Single};
+use Tokenizer::{Llama2, Llama3, Mistral, Qwen};
+
+const fn row(
+    name: &'static str,
+    model: &'static str,
+    repo: &'static str,
+    tokenizer: Tokenizer,
+    runs: Runs,
+    rank: u32,
+) -> Row {
+    let (lr, accumulation) = (["3e-4"; 2], [8; 2]);
+    Row {
+        name,
+        model,
+        repo,
+        tokenizer,
+        runs,
+        rank,
+        alpha: 2 * rank,
+        lr,
+        accumulation,
+        batch_size: 2,
+        adapts_output: false,
+    }
+}
+
+const QWEN2: Tokenizer = Qwen("qwen2");
+const QWEN2_5: Tokenizer = Qwen("qwen2_5");
+const QWEN3: Tokenizer = Qwen("qwen3");
+
+#[rustfmt::skip]
+const ROWS: &[Row] = &[
+    row("llama2/7B", "llama2_7b", "meta-llama/Llama-2-7b-hf", Llama2, Both, 8),
+    Row { lr: ["2e-4"; 2], adapts_output: true, ..row("llama2/13B", "llama2_13b", "meta-llama/Llama-2-13b-hf", Llama2, Distributed, 8) },
+    Row { accumulation: [1; 2], ..row("llama2/70B", "llama2_70b", "meta-llama/Llama-2-70b-hf", Llama2, Distributed, 16) },
+    Row { accumulation: [64; 2], ..row("code_llama2/7B", "code_llama2_7b", "codellama/CodeLlama-7b-hf", Llama2, Single, 8) },
+    row("llama3/8B", "llama3_8b", "meta-llama/Meta-Llama-3-8B-Instruct", Llama3, Both, 8),
+    Row { accumulation: [1; 2], ..row("llama3/70B", "llama3_70b", "meta-llama/Meta-Llama-3-70B-Instruct", Llama3, Distributed, 16) },
+    row("llama3_1/8B", "llama3_1_8b", "meta-llama/Meta-Llama-3.1-8B-Instruct", Llama3, Single, 8),
+    Row { accumulation: [1; 2], ..row("llama3_1/70B", "llama3_1_70b", "meta-llama/Meta-Llama-3.1-70B-Instruct", Llama3, Distributed, 16) },
+    Row { batch_size: 4, ..row("llama3_2/1B", "llama3_2_1b", "meta-llama/Llama-3.2-1B-Instruct", Llama3, Both, 64) },
+    Row { batch_size: 4, ..row("llama3_2/3B", "llama3_2_3b", "meta-llama/Llama-3.2-3B-Instruct", Llama3, Both, 64) },
+    Row { accumulation: [1; 2], ..row("llama3_3/70B", "llama3_3_70b", "meta-llama/Llama-3.3-70B-Instruct", Llama3, Distributed, 16) },
+    Row { alpha: 16, lr: ["2e-5"; 2], accumulation: [1, 8], batch_size: 4, adapts_output: true, ..row("mistral/7B", "mistral_7b", "mistralai/Mistral-7B-v0.1", Mistral, Both, 64) },
+    Row { lr: ["2e-3"; 2], batch_size: 4, ..row("qwen2/0.5B", "qwen2_0_5b", "Qwen/Qwen2-0.5B-Instruct", QWEN2, Both, 32) },
+    Row { lr: ["2e-5", "2e-3"], ..row("qwen2/1.5B", "qwen2_1_5b", "Qwen/Qwen2-1.5B-Instruct", QWEN2, Both, 32) },
+    row("qwen2/7B", "qwen2_7b", "Qwen/Qwen2-7B-Instruct", QWEN2, Both, 8),
+    Row { lr: ["2e-3"; 2], ..row("qwen2_5/0.5B", "qwen2_5_0_5b", "Qwen/Qwen2.5-0.5B-Instruct", QWEN2_5, Both, 32) },
+    Row { lr: ["2e-5", "2e-3"], ..row("qwen2_5/1.5B", "qwen2_5_1_5b_instruct", "Qwen/Qwen2.5-1.5B-Instruct", QWEN2_5, Both, 32) },
+    row("qwen2_5/3B", "qwen2_5_3b", "Qwen/Qwen2.5-3B-Instruct", QWEN2_5, Both, 8),
+    row("qwen2_5/7B", "qwen2_5_7b_instruct", "Qwen/Qwen2.5-7B-Instruct", QWEN2_5, Both, 8),
+    row("qwen2_5/14B", "qwen2_5_14b_instruct", "Qwen/Qwen2.5-14B-Instruct", QWEN2_5, Single, 8),
+    row("qwen2_5/32B", "qwen2_5_32b_instruct", "Qwen/Qwen2.5-32B-Instruct", QWEN2_5, Distributed, 8),
+    Row { accumulation: [1; 2], ..row("qwen2_5/72B", "qwen2_5_72b_instruct", "Qwen/Qwen2.5-72B-Instruct", QWEN2_5, Distributed, 8) },
+    Row { lr: ["1e-4"; 2], ..row("qwen3/0.6B", "qwen3_0_6b_instruct", "Qwen/Qwen3-0.6B", QWEN3, Both, 32) },
+    Row { lr: ["2e-5", "1e-4"], ..row("qwen3/1.7B", "qwen3_1_7b_instruct", "Qwen/Qwen3-1.7B", QWEN3, Both, 32) },
+    row("qwen3/4B", "qwen3_4b_instruct", "Qwen/Qwen3-4B", QWEN3, Both, 8),
+    row("qwen3/8B", "qwen3_8b_instruct", "Qwen/Qwen3-8B", QWEN3, Both, 8),
+    row("qwen3/14B", "qwen3_14b_instruct", "Qwen/Qwen3-14B", QWEN3, Single, 8),
+    row("qwen3/32B", "qwen3_32b", "Qwen/Qwen3-32B", QWEN3, Distributed, 8),
+];
+
+/// Writes every config, or with `check` says which is not as it would be written.
+pub fn generate(root: &Path, check: bool) -> Result<()> {
+    let mut stale = vec![];
+    for (path, text) in files() {
+        let path = root.join("configs").join(path);
+        if std::fs::read_to_string(&path).is_ok_and(|found| found == text) {
+            continue;
+        }
+        if check {
+            stale.push(path.display().to_string());
+            continue;
+        }
+        let folder = path.parent().unwrap_or(root);
+        let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&path, text));
+        written.map_err(|error| Failure::new(format!("cannot write `{}`", path.display())).cause(error))?;
+    }
+    if stale.is_empty() {
+        return Ok(());
+    }
+    let failure = Failure::new("configs are not as `cargo xtask configs` writes them");
+    Err(stale.into_iter().fold(failure, |failure, path| failure.cause(path)))
+}
+
+fn files() -> Vec<(PathBuf, String)> {
+    let of_row = |row: &Row| {
+        let distributed =
+            (row.runs != Single).then(|| (PathBuf::from(format!("{}_lora.yaml", row.name)), text(row, true)));
+        let single = (row.runs != Distributed)
+            .then(|| (PathBuf::from(format!("{}_lora_single_device.yaml", row.name)), text(row, false)));
+        [distributed, single].into_iter().flatten()
+    };
+    ROWS.iter().flat_map(of_row).collect()
+}
+
+fn text(row: &Row, distributed: bool) -> String {
+    let Row { name, model, repo, tokenizer, runs: _, rank, alpha, lr, accumulation, batch_size, adapts_output } = row;
+    let (lr, accumulation) = (lr[usize::from(!distributed)], accumulation[usize::from(!distributed)]);
+    let folder = format!("/tmp/{}", repo.rsplit('/').next().unwrap_or(repo));
+    let (family, size) = name.split_once('/').unwrap_or((name, ""));
+    let (suffix, command) = if distributed {
+        ("lora", "--nproc 2 lora_finetune_distributed")
+    } else {
+        ("lora_single_device", "lora_finetune_single_device")
+    };
+    let (modules, mlp) = match family {
+        "code_llama2" => ("[q_proj, v_proj]", "False"),
+        _ => ("[q_proj, v_proj, output_proj]", "True"),
+    };
+    let output = if *adapts_output { "True" } else { "False" };
+    // Measured before and after; `run_val_every_n_steps` in between.
+    let (split, validation) = if distributed {
+        let validation = "\
+dataset_val:
+  _component_: alpaca_cleaned_dataset
+  split: train[95%:]
+run_val_every_n_steps: null # besides before and after the run
+";
+        ("\n  split: train[:95%]", validation)
+    } else {
+        ("", "")
+    };
+    let tokenizer = match tokenizer {
+        Llama2 => format!("llama2_tokenizer\n  path: {folder}/tokenizer.model"),
+        Mistral => format!("mistral_tokenizer\n  path: {folder}/tokenizer.model"),
+        Llama3 => format!("llama3_tokenizer\n  path: {folder}/original/tokenizer.model"),
+        Qwen(version) => {
+            format!("{version}_tokenizer\n  path: {folder}/vocab.json\n  merges_file: {folder}/merges.txt")
+        }
+    };
+    let download = match repo.starts_with("Qwen") {
+        true => format!("host download {repo} --output-dir {folder}"),
+        false => format!("host download {repo} --output-dir {folder} --hf-token <TOKEN>"),
+    };
+    format!(
+        "\
+# LoRA for {repo}.
+#
+#   {download}
+#   host run {command} --config {name}_{suffix}
+#
+# Not run on a GPU by us yet: what fits into its memory is `batch_size` and `tokenizer.max_seq_len`.
+
+output_dir: /tmp/host/{family}_{size}/{suffix}
+
+model:
+  _component_: lora_{model}
+  lora_attn_modules: {modules}
+  apply_lora_to_mlp: {mlp}
+  apply_lora_to_output: {output}
+  lora_rank: {rank} # more learns more, for more memory
+  lora_alpha: {alpha} # the adapter's scale is alpha / rank
+  lora_dropout: 0.0
+
+checkpointer:
+  _component_: FullModelHFCheckpointer
+  checkpoint_dir: {folder} # never written to
+  output_dir: ${{output_dir}}
+resume_from_checkpoint: False
+save_adapter_weights_only: False
+
+tokenizer:
+  _component_: {tokenizer}
+  max_seq_len: null # longer samples are cut to this many tokens
+
+dataset:
+  _component_: alpaca_cleaned_dataset{split}
+  packed: False
+{validation}seed: null
+shuffle: True
+batch_size: {batch_size} # per rank
+gradient_accumulation_steps: {accumulation}
+
+optimizer:
+  _component_: AdamW
+  lr: {lr}
+  weight_decay: 0.01
+lr_scheduler:
+  _component_: cosine
+  num_warmup_steps: 100
+loss:
+  _component_: cross_entropy
+clip_grad_norm: null
+
+epochs: 1
+max_steps_per_epoch: null
+
+metric_logger:
+  _component_: DiskLogger
+  log_dir: ${{output_dir}}/logs
+log_every_n_steps: 1
+log_peak_memory_stats: True
+
+device: cuda
+dtype: bf16
+"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configs_are_current() {
+        generate(&crate::shell::root(), true).unwrap();
+    }
+}
