@@ -50,7 +50,26 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     let mut compare = peers.script(root, merged_script);
     compare.args(["compare", MODEL_DIR, &checkpoint, TOKENS, &logits("base"), &logits("merged"), &logits("adapted")]);
     run_command(&mut compare)?;
+    events(root, &peers)?;
     token_ids(root, &peers)
+}
+
+/// A run's losses as TensorBoard's own package reads them from its event file.
+fn events(root: &Path, peers: &Peers) -> Result<()> {
+    const DIR: &str = "target/interop/events";
+    const PACKAGE: &str = "target/interop/tensorboard";
+    println!("\n== event files against TensorBoard");
+    if !root.join(PACKAGE).is_dir() {
+        let pip = ["pip", "install", "--quiet", "--target", PACKAGE, "tensorboard==2.21.0"];
+        run_command(peers.script(root, "-m").args(pip))?;
+    }
+    let run = ["run", "lora_distributed", "--config", "smollm2/135M_lora_summarize", "metric_logger=TensorBoardLogger"];
+    let few = ["max_steps_per_epoch=4", "gradient_accumulation_steps=1", "save_adapter_weights_only=True"];
+    let small = ["dataset_val.split=validation[:4]", "run_val_every_n_steps=2", &format!("output_dir={DIR}")];
+    let _ = std::fs::remove_dir_all(root.join(DIR));
+    run_command(command(root, "target/release/host").args(run).args(few).args(small))?;
+    let mut script = peers.script(root, "host/xtask/interop/events.py");
+    run_command(script.env("PYTHONPATH", root.join(PACKAGE)).arg(DIR))
 }
 
 /// Token ids of the real Llama 2 and Llama 3 vocabularies, which two npm packages hold, against SentencePiece's and

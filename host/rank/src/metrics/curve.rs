@@ -99,7 +99,13 @@ fn picture(
         let line = LineSeries::new(validation.iter().copied(), ORANGE.stroke_width(2)).point_size(3);
         chart.draw_series(line)?.label("validation").legend(legend(ORANGE));
     }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK.mix(0.2)).draw()?;
+    // Losses fall: the upper right is free.
+    let mut labels = chart.configure_series_labels();
+    labels
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE.mix(0.8))
+        .border_style(BLACK.mix(0.2))
+        .draw()?;
     area.present()?;
     Ok(())
 }
