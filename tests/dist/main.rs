@@ -12,6 +12,7 @@ mod gguf_fixture;
 mod hub;
 mod mistakes;
 mod results;
+mod sequence;
 mod soak;
 #[path = "../support/hub.rs"]
 mod support_hub;
