@@ -15,6 +15,7 @@ pub mod import;
 pub mod launch;
 pub mod libtorch;
 pub mod machine;
+pub mod panics;
 pub mod tokenizer;
 pub mod worker;
 

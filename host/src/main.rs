@@ -34,6 +34,9 @@ fn install_logging() {
 fn install_panic_hook() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
+        if host::panics::is_expected() {
+            return;
+        }
         print(info);
         eprintln!("error: this is a bug of host {}; please report it with the lines above", env!("CARGO_PKG_VERSION"));
     }));

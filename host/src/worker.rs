@@ -18,6 +18,7 @@ use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, IoContext, Result};
+use crate::panics;
 
 pub const RANK: &str = "RANK";
 pub const LOCAL_RANK: &str = "LOCAL_RANK";
@@ -116,6 +117,9 @@ impl WorkerEnv {
         let print = std::panic::take_hook();
         let wants_backtrace = std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0");
         std::panic::set_hook(Box::new(move |info| {
+            if panics::is_expected() {
+                return;
+            }
             let reported = env.report.is_some() && env.report(&panic_error(info)).is_ok();
             if !reported || wants_backtrace {
                 print(info);

@@ -3,6 +3,7 @@
 //! One snapshot a verb, and one for each mistake that is found before a worker starts.
 
 mod config;
+mod damage;
 mod files;
 mod hub;
 #[path = "../support/hub.rs"]

@@ -23,6 +23,7 @@ use serde_json::{Map, Value};
 use crate::config::plan::{DataFormat, RowsPlan};
 use crate::config::suggest;
 use crate::error::{Error, Result, quoted};
+use crate::panics;
 
 /// The column of a text file's lines.
 const TEXT_COLUMN: &str = "text";
@@ -174,15 +175,12 @@ impl SourceFile {
         let schema = builder.parquet_schema();
         let roots: Vec<usize> = names.filter_map(|name| root_of(schema, name)).collect();
         let mask = ProjectionMask::roots(schema, roots);
-        let reader = builder
-            .with_projection(mask)
-            .with_batch_size(1024)
-            .with_offset(range.start as usize)
-            .with_limit((range.end - range.start) as usize)
-            .build()
-            .map_err(|error| parquet_error(&self.path, error))?;
+        let left = range.end - range.start;
+        let builder = builder.with_projection(mask).with_batch_size(1024);
+        let builder = builder.with_offset(range.start as usize).with_limit(left as usize);
+        let reader = read_parquet(&self.path, || builder.build())?;
         let place = Place { file: self.path.clone(), number: range.start, is_line: false };
-        Ok(FileRows::Parquet(ParquetRows { reader, place, columns, ready: VecDeque::new() }))
+        Ok(FileRows::Parquet(ParquetRows { reader, place, columns, ready: VecDeque::new(), left }))
     }
 }
 
@@ -564,13 +562,18 @@ struct ParquetRows {
     place: Place,
     columns: Vec<Wanted>,
     ready: VecDeque<Result<Vec<SourceCell>, String>>,
+    left: u64,
 }
 
 impl ParquetRows {
     fn next(&mut self) -> Result<Option<SourceRow>> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        self.left -= 1;
         while self.ready.is_empty() {
-            let Some(batch) = self.reader.next() else { return Ok(None) };
-            let batch = batch.map_err(|error| parquet_error(&self.place.file, error))?;
+            let batch = read_parquet(&self.place.file, || self.reader.next().transpose())?;
+            let batch = batch.ok_or_else(|| parquet_error(&self.place.file, "it has fewer rows than it says"))?;
             self.ready = cells_of(&batch, &self.columns).map_err(|error| error.at_file(&*self.place.file))?;
         }
         self.place.number += 1;
@@ -646,13 +649,29 @@ fn text_column(batch: &RecordBatch, column: &str) -> Result<StringArray> {
 
 fn scan_parquet(path: &Path) -> Result<(u64, Vec<String>)> {
     let builder = parquet_builder(path, open(path)?)?;
-    let num_rows = u64::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or_default();
+    let metadata = builder.metadata();
+    let of_groups = metadata
+        .row_groups()
+        .iter()
+        .try_fold(0u64, |sum, group| sum.checked_add(u64::try_from(group.num_rows()).ok()?));
+    let num_rows = u64::try_from(metadata.file_metadata().num_rows()).ok();
+    let num_rows = num_rows.filter(|num_rows| of_groups == Some(*num_rows));
+    let num_rows =
+        num_rows.ok_or_else(|| parquet_error(path, "its parts have another number of rows than the whole"))?;
     let columns = builder.schema().fields().iter().map(|field| field.name().clone()).collect();
     Ok((num_rows, columns))
 }
 
 fn parquet_builder(path: &Path, file: File) -> Result<ParquetRecordBatchReaderBuilder<File>> {
-    ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| parquet_error(path, error))
+    read_parquet(path, || ParquetRecordBatchReaderBuilder::try_new(file))
+}
+
+/// The library asserts much of what a file says.
+fn read_parquet<T, E: std::fmt::Display>(path: &Path, read: impl FnOnce() -> std::result::Result<T, E>) -> Result<T> {
+    match panics::caught(read) {
+        Ok(read) => read.map_err(|error| parquet_error(path, error)),
+        Err(panic) => Err(parquet_error(path, panic)),
+    }
 }
 
 fn parquet_error(path: &Path, error: impl std::fmt::Display) -> Error {

@@ -4,7 +4,6 @@
 //! the post-processor of tokenizer.json puts BOS first (Llama 3's does, SmolLM2 has none); the `.model` formats have one.
 
 use std::io::Read;
-use std::panic::AssertUnwindSafe;
 use std::path::Path;
 
 use serde_json::Value;
@@ -15,6 +14,7 @@ use super::side_files::{SideFiles, read_json};
 use super::{Fault, sentencepiece, tiktoken};
 use crate::config::plan::{MessageFormat, TokenizerPlan};
 use crate::error::{Error, Result};
+use crate::panics;
 
 /// The formats, told apart by content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,8 +114,8 @@ pub fn read(plan: &TokenizerPlan) -> Result<Vocabulary> {
 fn read_tokenizer_json(plan: &TokenizerPlan, bytes: &[u8], digest: blake3::Hasher) -> Result<Vocabulary> {
     let path = &plan.path;
     // The library trusts what it reads: a merge of pieces that are no token ends in a panic of its own.
-    let read = std::panic::catch_unwind(AssertUnwindSafe(|| tokenizers::Tokenizer::from_bytes(bytes)));
-    let read = read.unwrap_or_else(|_| Err("its parts do not belong together".into()));
+    let read = panics::caught(|| tokenizers::Tokenizer::from_bytes(bytes));
+    let read = read.unwrap_or_else(|panic| Err(panic.into()));
     let mut inner = read.map_err(|error| {
         Error::config(format!("`{}` is not a tokenizer this version reads", path.display()))
             .cause(error)
