@@ -213,6 +213,22 @@ fn a_template_chooses_its_columns() {
     "#);
 }
 
+/// `examples/own_template`: questions, answers, rows without an answer to learn, and prompts.
+#[test]
+fn the_example_asks_for_keywords() {
+    let columns = ["input", "output", MESSAGES];
+    let (mut template, wanted) =
+        configured("examples/own_template/keywords.rhai", &GuestLimits::default(), &columns).unwrap();
+    assert_eq!(wanted, ["input", "output"]);
+    let rows = vec![row(0, &[Some("a text"), Some("text")]), row(1, &[Some("b"), Some("")]), row(2, &[Some("c"), None])];
+    let outcomes = template.render(rows).unwrap();
+    let Outcome::Keep(messages) = &outcomes[0] else { panic!("{outcomes:?}") };
+    assert_eq!(messages[1], message(Role::User, &["Keywords of this text:\n\n", "a text"], None));
+    assert_eq!(messages[2], message(Role::Assistant, &["text"], None));
+    assert_eq!(outcomes[1], Outcome::Skip("no keywords".into()));
+    assert!(matches!(&outcomes[2], Outcome::Keep(messages) if messages.len() == 2));
+}
+
 #[test]
 fn a_missing_column_is_named() {
     let mut template = open("templates/alpaca.rhai", &GuestLimits::default(), &["dialogue"]).unwrap();
