@@ -3,6 +3,7 @@
 //! Layers below build it directly; nobody below [`crate::cli`] prints. It is serialisable because a worker hands its own
 //! to the launcher, which is the only process that prints it (`rank` says whose it is).
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -137,7 +138,7 @@ impl fmt::Display for Location {
 /// The whole report as a terminal shows it, without the leading `error: ` colour.
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "error: {}", self.message)?;
+        write!(f, "error: {}", readable(&self.message))?;
         if let Some(rank) = self.rank {
             write!(f, " (rank {rank})")?;
         }
@@ -145,10 +146,10 @@ impl fmt::Display for Error {
             write!(f, "\n  --> {location}")?;
         }
         for cause in &self.causes {
-            write!(f, "\ncause: {cause}")?;
+            write!(f, "\ncause: {}", readable(cause))?;
         }
         for hint in &self.hints {
-            write!(f, "\nhint: {hint}")?;
+            write!(f, "\nhint: {}", readable(hint))?;
         }
         for other in &self.others {
             write!(f, "\n\n{other}")?;
@@ -158,6 +159,15 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// `text`, cut where a damaged file that is quoted in it would fill screens.
+fn readable(text: &str) -> Cow<'_, str> {
+    const LONGEST: usize = 4000;
+    match text.char_indices().nth(LONGEST) {
+        None => Cow::Borrowed(text),
+        Some((end, _)) => Cow::Owned(format!("{}… ({} more characters)", &text[..end], text[end..].chars().count())),
+    }
+}
 
 /// `names` as a message lists them: `` `a`, `b` ``.
 pub fn quoted(names: impl IntoIterator<Item = impl fmt::Display>) -> String {

@@ -220,7 +220,8 @@ fn the_example_asks_for_keywords() {
     let (mut template, wanted) =
         configured("examples/own_template/keywords.rhai", &GuestLimits::default(), &columns).unwrap();
     assert_eq!(wanted, ["input", "output"]);
-    let rows = vec![row(0, &[Some("a text"), Some("text")]), row(1, &[Some("b"), Some("")]), row(2, &[Some("c"), None])];
+    let rows =
+        vec![row(0, &[Some("a text"), Some("text")]), row(1, &[Some("b"), Some("")]), row(2, &[Some("c"), None])];
     let outcomes = template.render(rows).unwrap();
     let Outcome::Keep(messages) = &outcomes[0] else { panic!("{outcomes:?}") };
     assert_eq!(messages[1], message(Role::User, &["Keywords of this text:\n\n", "a text"], None));

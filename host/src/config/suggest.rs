@@ -1,8 +1,15 @@
 //! Near misses: the name somebody probably meant.
 
+/// Nobody meant a name longer than this, and the distance costs its length times each candidate's.
+const LONGEST: usize = 200;
+
 /// Returns the candidate closest to `name`, when it is close enough to be a slip of the finger.
 pub fn nearest<'a>(name: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let limit = (name.chars().count() / 3).max(1);
+    let length = name.chars().count();
+    if length > LONGEST {
+        return None;
+    }
+    let limit = (length / 3).max(1);
     let name = name.to_lowercase();
     candidates
         .into_iter()
