@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::net::TcpListener;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -221,6 +221,12 @@ impl Case {
     /// Checkpoints, whole or not.
     pub fn checkpoints(&self, output_dir: &str) -> Vec<String> {
         self.names(output_dir).into_iter().filter(|name| name.contains("epoch_") || name.contains("step_")).collect()
+    }
+
+    /// Bytes in a folder of files, as the disk counts them.
+    pub fn size(&self, folder: &str) -> u64 {
+        let blocks = |name: String| std::fs::metadata(self.path(folder).join(name)).unwrap().blocks();
+        512 * self.names(folder).into_iter().map(blocks).sum::<u64>()
     }
 
     pub fn contents(&self, folder: &str) -> BTreeMap<String, Vec<u8>> {

@@ -6,6 +6,7 @@
 mod case;
 mod configs;
 mod ends;
+mod faults;
 #[path = "../../host/src/gguf/fixture.rs"]
 #[allow(dead_code)]
 mod gguf_fixture;

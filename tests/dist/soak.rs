@@ -39,11 +39,30 @@ fn soak() {
     let undisturbed = [1, 2].map(|ranks| Undisturbed::run(&case, ranks));
     let started = Instant::now();
     while started.elapsed() < time {
-        soak_one_run(&case, dice.pick(&undisturbed), &mut dice, &mut counts);
+        soak_one_run(&case, dice.pick(&undisturbed), ALL_HARM, &mut dice, &mut counts);
         std::fs::remove_dir_all(case.path("out")).unwrap();
     }
     println!("{:.1} minutes:", started.elapsed().as_secs_f64() / 60.0);
     counts.iter().for_each(|(what, count)| println!("  {what}: {count}"));
+}
+
+/// The smallest soak: 20 kills of whichever process, at whatever moment; and the inputs stay as they are.
+#[test]
+fn twenty_kills() {
+    let (mut dice, mut counts) = (Dice(20), BTreeMap::new());
+    let case = Case::new();
+    let inputs = || ["model", "data"].map(|folder| case.contents(folder));
+    let before = inputs();
+    let undisturbed = Undisturbed::run(&case, 2);
+    let kills = |counts: &Counts| {
+        ["ranks killed", "launchers killed"].map(|what| counts.get(what).unwrap_or(&0)).into_iter().sum::<usize>()
+    };
+    while kills(&counts) < 20 {
+        soak_one_run(&case, &undisturbed, &[How::KillRank, How::KillLauncher], &mut dice, &mut counts);
+        std::fs::remove_dir_all(case.path("out")).unwrap();
+    }
+    println!("{counts:?}");
+    assert!(inputs() == before, "an input has changed");
 }
 
 type Counts = BTreeMap<&'static str, usize>;
@@ -105,7 +124,7 @@ fn adapter(case: &Case, dir: &str) -> Vec<u8> {
 }
 
 /// Starts a run, disturbs it, goes on with it, and so on to its end; then goes on once more from the middle.
-fn soak_one_run(case: &Case, expected: &Undisturbed, dice: &mut Dice, counts: &mut Counts) {
+fn soak_one_run(case: &Case, expected: &Undisturbed, harms: &[How], dice: &mut Dice, counts: &mut Counts) {
     let recipe = *dice.pick(&[WASM, RHAI]);
     let every = format!("save_every_n_steps={}", dice.pick(&[3, 7, 20, 50]));
     let choices: [&[&str]; 2] = [&[], &["checkpointer.keep_last_n_checkpoints=1"]];
@@ -125,13 +144,13 @@ fn soak_one_run(case: &Case, expected: &Undisturbed, dice: &mut Dice, counts: &m
         check_folders(case, &mut loaded, counts);
         ended.code == 0
     };
-    let mut harms = 0;
+    let mut disturbed = 0;
     let complete = loop {
         let resume: &[&str] = if whole(case).is_empty() { &[] } else { &[RESUME] };
         count(counts, if resume.is_empty() { "begun" } else { "resumed" }, 1);
-        let harm = (harms < MOST_HARM).then(|| Harm::draw(dice, expected));
-        harms += 1;
-        if disturb(resume, harm, counts) || harms > MOST_HARM {
+        let harm = (disturbed < MOST_HARM).then(|| Harm::draw(harms, dice, expected));
+        disturbed += 1;
+        if disturb(resume, harm, counts) || disturbed > MOST_HARM {
             break whole(case).contains(&"epoch_1".to_owned());
         }
     };
@@ -149,23 +168,25 @@ fn soak_one_run(case: &Case, expected: &Undisturbed, dice: &mut Dice, counts: &m
 
 #[derive(Clone, Copy, Debug)]
 enum How {
-    KillRank(usize),
+    KillRank,
     KillLauncher,
     Interrupt,
     Terminate,
 }
 
-/// What is done to a run, and when.
+const ALL_HARM: &[How] = &[How::KillRank, How::KillLauncher, How::Interrupt, How::Terminate];
+
+/// What is done to a run, or to one rank of it, and when.
 struct Harm {
     how: How,
+    rank: usize,
     after: Duration,
 }
 
 impl Harm {
-    fn draw(dice: &mut Dice, run: &Undisturbed) -> Self {
-        let rank = dice.below(run.ranks);
-        let how = *dice.pick(&[How::KillRank(rank), How::KillLauncher, How::Interrupt, How::Terminate]);
-        Self { how, after: run.took.mul_f64(dice.below(1000) as f64 / 1000.0) }
+    fn draw(from: &[How], dice: &mut Dice, run: &Undisturbed) -> Self {
+        let after = run.took.mul_f64(dice.below(1000) as f64 / 1000.0);
+        Self { how: *dice.pick(from), rank: dice.below(run.ranks), after }
     }
 }
 
@@ -173,10 +194,10 @@ fn attempt(case: &Case, recipe: &str, settings: &[&str], harm: Option<Harm>, cou
     let run = Running::start(&mut case.run(recipe, settings));
     let launcher = run.pid;
     let mut ways_to_end = vec![0];
-    if let Some(Harm { how, after }) = harm {
+    if let Some(Harm { how, rank, after }) = harm {
         sleep(after);
         match how {
-            How::KillRank(rank) => {
+            How::KillRank => {
                 if let Some((_, worker)) = run.workers().into_iter().find(|(number, _)| *number == rank) {
                     // It may have ended by itself meanwhile.
                     let _ = kill_process(worker, Signal::KILL);
@@ -195,7 +216,7 @@ fn attempt(case: &Case, recipe: &str, settings: &[&str], harm: Option<Harm>, cou
                 count(counts, "interrupted", 1);
             }
         }
-        println!("  {how:?} after {after:.2?}");
+        println!("  {how:?} (rank {rank}) after {after:.2?}");
         if matches!(how, How::KillLauncher) {
             let killed = Instant::now();
             while !workers_of(launcher).is_empty() {

@@ -4,7 +4,7 @@ mod curve;
 mod tensorboard;
 
 use std::fs::File;
-use std::io::{ErrorKind, IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -71,7 +71,8 @@ impl Recorder {
         let ending = if *format == DiskFormat::Jsonl { "jsonl" } else { "txt" };
         let path = log_dir.join(filename.clone().unwrap_or_else(|| format!("log_{seconds}.{ending}")));
         // Appending: a resumed run that names its file goes on in it.
-        let file = File::options().create(true).append(true).open(&path).path_context("create", &path)?;
+        let file = File::options().read(true).create(true).append(true).open(&path).path_context("create", &path)?;
+        cut_torn_line(&file).path_context("write", &path)?;
         tracing::info!("Writing logs to {}", path.display());
         Ok(Self(Sink::Disk { file, path, format: *format }))
     }
@@ -95,6 +96,14 @@ impl Recorder {
             }
         }
     }
+}
+
+/// A run that was killed, or whose disk was full, may have left the beginning of a line.
+fn cut_torn_line(mut file: &File) -> std::io::Result<()> {
+    let mut bytes = vec![];
+    file.read_to_end(&mut bytes)?;
+    let end = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+    if end < bytes.len() { file.set_len(end as u64) } else { Ok(()) }
 }
 
 /// The bar of one epoch, in torchtune's form: `epoch|step|Loss: x`. Where there is no terminal, a plain line a step.
