@@ -1,6 +1,9 @@
 //! Mistakes in a config.
 
+use std::collections::BTreeSet;
+
 use insta::assert_snapshot;
+use serde_json::Value;
 
 use super::{Case, GENERATE};
 
@@ -179,6 +182,7 @@ fn a_component_we_do_not_have() {
     --- stderr
     error: the tokenizer `phi3_mini_tokenizer` is not supported: models of the Phi family are not built yet
       --> c.yaml:9:16
+    hint: there is: hf_tokenizer, llama3_tokenizer, llama2_tokenizer, mistral_tokenizer, qwen2_tokenizer, qwen2_5_tokenizer, qwen3_tokenizer, HuggingFaceModelTokenizer
     ");
 }
 
@@ -419,5 +423,98 @@ fn a_split_that_is_not_one() {
     error: split `train[:200%]`: `200%` is not between -100% and 100%
       --> command line
     hint: write it like `train`, `train[:2000]`, `train[-10%:]` or `train[10%:20%]+test`
+    ");
+}
+
+/// Each key and component that the registry refuses, tried: its reason is what a user reads.
+#[test]
+fn whatever_is_refused_says_why() {
+    let listed = Case::new().host(&["keys", "--json"]);
+    let parts: Value = serde_json::from_str(listed.strip_prefix("exit 0\n--- stdout\n").unwrap()).unwrap();
+    let cases = [Case::new(), Case::with(GENERATE)];
+    let mut said = BTreeSet::new();
+    let mut try_all = |case: &Case, tried: &str, overrides: &[&str]| {
+        let found = case.validate(overrides);
+        assert!(found.starts_with("exit 2"), "{overrides:?}: {found}");
+        let is_it = |error: &&str| error.contains(&format!("`{tried}`"));
+        let report = found.split("error: ").find(is_it).unwrap_or_else(|| panic!("{overrides:?}: {found}"));
+        assert!(report.contains("--> command line") && report.contains("hint: "), "{report}");
+        said.insert(report.lines().next().unwrap().to_owned());
+    };
+    for part in parts.as_array().unwrap() {
+        let name = part["name"].as_str().unwrap();
+        let section = match part["role"].as_str() {
+            None if name == "Models" => "model",
+            None => "",
+            Some("data set") => "dataset",
+            Some("metric logger") => "metric_logger",
+            Some(role) => role,
+        };
+        let choice = format!("{section}._component_={name}");
+        if part["refused"].is_string() {
+            try_all(&cases[0], name, &[&choice]);
+        }
+        for key in part["keys"].as_array().unwrap() {
+            let value = match (key["class"].as_str().unwrap(), key["default"].as_str(), key["value"].as_str().unwrap())
+            {
+                ("refused", ..) => "other",
+                ("only_default", Some("False"), _) => "True",
+                ("only_default", Some("True"), _) => "False",
+                ("only_default", _, "one of `mean`, `sum`, `none`") => "sum",
+                ("only_default", _, value) if value.starts_with("a number from 0") => "0.5",
+                ("only_default", ..) => "2",
+                _ => continue,
+            };
+            let key = key["name"].as_str().unwrap();
+            let path = if section.is_empty() { key.to_owned() } else { format!("{section}.{key}") };
+            let setting = format!("{path}={value}");
+            let case = &cases[usize::from(name == "Generation")];
+            let settings = if part["role"].is_null() { vec![&*setting] } else { vec![&*choice, &*setting] };
+            try_all(case, &path, &settings);
+        }
+    }
+    assert_snapshot!(said.into_iter().collect::<Vec<_>>().join("\n"), @"
+    `chat_format` is not supported: it is `tokenizer.prompt_template` now
+    `checkpointer.enable_dcp` can only be `False`: checkpoints are safetensors
+    `checkpointer.recipe_checkpoint` is not supported: torchtune's optimizer state is not read; `adapter_checkpoint` alone starts a run from its adapter
+    `checkpointer.resume_from_checkpoint` can only be `False`: `resume_from_checkpoint` belongs to the top level
+    `checkpointer.safe_serialization` can only be `True`: weights are always written as safetensors
+    `checkpointer.should_load_recipe_state` can only be `False`: `resume_from_checkpoint` says whether to resume
+    `context_parallel_dim` can only be `1`: every rank takes whole sequences
+    `cudnn_deterministic_mode` is not supported: deterministic kernels cannot be demanded yet
+    `dataset.column_map` is not supported: give `conversation_column`
+    `dataset.data_dir` is not supported: give `data_files`
+    `dataset.filter_fn` is not supported: a config cannot name code; let the template skip rows
+    `enable_fp8_training` can only be `False`: not available yet
+    `fp8_recipe_name` is not supported: not available yet
+    `instruct_template` is not supported: it is `tokenizer.prompt_template` now
+    `loss.ignore_index` can only be `-100`: labels without loss are -100
+    `loss.label_smoothing` can only be `0.0`: not available yet
+    `loss.reduction` can only be `mean`: the loss is the mean over the label tokens of a step
+    `loss.weight` is not supported: not available yet
+    `model.quantize_base` can only be `False`: a quantised base is not available yet
+    `model.use_dora` can only be `False`: DoRA is not available yet
+    `optimizer.amsgrad` can only be `False`: not available yet
+    `optimizer.differentiable` can only be `False`: updates have no gradient
+    `optimizer.maximize` can only be `False`: a loss is made small
+    `optimizer_in_bwd` can only be `False`: it gives up clipping and accumulation
+    `profiler.enabled` can only be `False`: there is no profiler yet
+    `quantizer` is not supported: not available yet
+    `resize_token_embeddings` can only be `False`: the vocabulary is the checkpoint's
+    `tensor_parallel_dim` can only be `1`: every rank has the whole model; start more ranks instead
+    `tensor_parallel_plan` is not supported: every rank has the whole model
+    `tokenizer.merges_file` is not supported: the vocabulary file has its merges
+    `tokenizer.special_tokens_path` is not supported: the vocabulary file has its special tokens
+    the data set `multimodal_chat_dataset` is not supported: images are not read yet
+    the data set `preference_dataset` is not supported: pairs are for preference training, which is not built yet
+    the metric logger `CometLogger` is not supported: Comet is reached by its own client alone; `TensorBoardLogger` writes files that it imports
+    the metric logger `MLFlowLogger` is not supported: MLflow is reached by its own client alone; use `TensorBoardLogger`, or `DiskLogger` with `output_fmt: jsonl`
+    the metric logger `WandBLogger` is not supported: W&B is reached by its own client alone; `wandb sync FOLDER` uploads what `TensorBoardLogger` writes
+    the optimizer `Adam` is not supported: only `AdamW` is there yet
+    the optimizer `PagedAdamW8bit` is not supported: only `AdamW` is there yet
+    the optimizer `SGD` is not supported: only `AdamW` is there yet
+    the tokenizer `gemma_tokenizer` is not supported: models of the Gemma family are not built yet
+    the tokenizer `phi3_mini_tokenizer` is not supported: models of the Phi family are not built yet
+    the tokenizer `phi4_tokenizer` is not supported: models of the Phi family are not built yet
     ");
 }

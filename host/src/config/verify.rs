@@ -200,7 +200,7 @@ impl Verifier<'_> {
                     self.config.error(name.value.mark, format!("unknown {noun} `{text}` in `{path}._component_`"));
                 let hint = match registry::similar(text, role) {
                     Some(near) => format!("did you mean `{near}`?"),
-                    None => format!("there is: {}", registry::usable(role).collect::<Vec<_>>().join(", ")),
+                    None => there_is(role),
                 };
                 self.fail(error.hint(hint));
                 false
@@ -211,12 +211,16 @@ impl Verifier<'_> {
     fn component_keys(&mut self, node: &Node, name: &Entry, component: &'static Component, path: &str) -> bool {
         if let Some(why) = component.refused {
             let message = format!("the {} `{}` is not supported: {why}", component.role.noun(), component.name);
-            self.fail(self.config.error(name.value.mark, message));
+            self.fail(self.config.error(name.value.mark, message).hint(there_is(component.role)));
             return false;
         }
         self.section(node, component.keys, path, true);
         true
     }
+}
+
+fn there_is(role: Role) -> String {
+    format!("there is: {}", registry::usable(role).collect::<Vec<_>>().join(", "))
 }
 
 fn example(role: Role) -> &'static str {
