@@ -6,7 +6,8 @@
 
 use std::path::Path;
 
-use host::config::plan::{Dtype, Layout, TrainPlan};
+use host::config::plan::{Dtype, Layout, PackingPlan, TrainPlan};
+use host::data::Sample;
 use host_rank::generate::{Sampling, continue_tokens};
 use host_rank::train::Opened;
 use tch::{Device, Kind, Tensor};
@@ -77,6 +78,57 @@ fn thirty_bf16_losses_match_torchtune() {
             });
         }
     }
+}
+
+/// Losses and gradient norms of `tests/fixtures/curves/FILE` (its `generate.py`), by each program in it, in both layouts.
+#[track_caller]
+fn check_curve(file: &str, programs: &[&str], rows: &[Sample], change: impl Fn(&mut TrainPlan)) {
+    for (world, layout) in [(1, Layout::Varlen), (1, Layout::Padded), (2, Layout::Varlen)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan = support::golden_plan(dir.path());
+        plan.model.adapter = Some(support::golden_adapter(dir.path()));
+        plan.layout = layout;
+        change(&mut plan);
+        // The same samples in a step, whoever has them.
+        match plan.gradient_accumulation_steps {
+            1 => plan.batch_size /= world,
+            more => plan.gradient_accumulation_steps = more / world,
+        }
+        let finished = support::train(&plan, rows, world, usize::MAX);
+        for program in programs {
+            let recorded = support::fixture(file);
+            let steps = recorded[*program].as_array().unwrap();
+            assert_eq!(finished.steps.len(), steps.len());
+            for (step, recorded) in finished.steps.iter().zip(steps) {
+                let number = |key: &str| recorded[key].as_f64().unwrap();
+                let (loss, norm) = (number("loss"), number("grad_norm"));
+                assert_eq!(step.label_tokens, number("label_tokens"));
+                assert!((step.loss - loss).abs() < 1e-5, "{program}, {layout:?}: {} {loss}", step.loss);
+                assert!((step.grad_norm - norm).abs() < 1e-4 * norm, "{program}: {} {norm}", step.grad_norm);
+            }
+        }
+    }
+}
+
+/// Biases in attention, tied embeddings and an adapter on every layer.
+#[test]
+fn a_qwen_2_5_shape_matches_torchtune_and_peft() {
+    let rows = support::rows(&support::fixture("curves/qwen2_5.json"));
+    check_curve("curves/qwen2_5.json", &["torchtune", "peft"], &rows, |plan| {
+        let adapter = support::fixtures().join("curves/qwen2_5_adapter");
+        plan.model.checkpoint_dir = support::fixtures().join("families/qwen2");
+        plan.model.lora = Some(host_rank::adapter::peft::read_plan(&adapter).unwrap());
+        plan.model.adapter = Some(adapter);
+    });
+}
+
+/// `dataset.packed: True`: torchtune's packs in torchtune's order under its block mask.
+#[test]
+fn packed_rows_match_torchtune() {
+    check_curve("curves/packed.json", &["torchtune"], &support::golden_rows(), |plan| {
+        plan.dataset[0].packing = Some(PackingPlan { max_seq_len: 512, split_across_pack: false });
+        plan.gradient_accumulation_steps = 1;
+    });
 }
 
 /// Every adapter gradient of one step against PyTorch's autograd (`tests/fixtures/gradients/generate.py`), by norm.

@@ -18,24 +18,30 @@ pub fn tiny_model() -> PathBuf {
     fixtures().join("tiny-llama")
 }
 
-pub fn golden(name: &str) -> Value {
-    let path = fixtures().join("golden").join(name);
+/// A JSON file of `tests/fixtures`.
+pub fn fixture(name: &str) -> Value {
+    let path = fixtures().join(name);
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     serde_json::from_str(&text).unwrap()
 }
 
+pub fn golden(name: &str) -> Value {
+    fixture(&format!("golden/{name}"))
+}
+
 /// The 240 recorded rows, in training order.
 pub fn golden_rows() -> Vec<Sample> {
-    let value = golden("rows-tokens-240.json");
-    let rows = value["rows"].as_array().unwrap();
-    rows.iter()
-        .enumerate()
-        .map(|(index, row)| Sample {
-            id: index as u64,
-            tokens: row["tokens"].as_array().unwrap().iter().map(|token| token.as_u64().unwrap() as u32).collect(),
-            labels: row["labels"].as_array().unwrap().iter().map(|label| label.as_i64().unwrap() as i32).collect(),
-        })
-        .collect()
+    rows(&golden("rows-tokens-240.json"))
+}
+
+/// The `rows` of a recording, which are tokens and labels.
+pub fn rows(recording: &Value) -> Vec<Sample> {
+    let sample = |(index, row): (usize, &Value)| Sample {
+        id: index as u64,
+        tokens: row["tokens"].as_array().unwrap().iter().map(|token| token.as_u64().unwrap() as u32).collect(),
+        labels: row["labels"].as_array().unwrap().iter().map(|label| label.as_i64().unwrap() as i32).collect(),
+    };
+    recording["rows"].as_array().unwrap().iter().enumerate().map(sample).collect()
 }
 
 /// The settings of the golden runs, writing below `output_dir`.
@@ -195,7 +201,12 @@ pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port:
     };
     let validation = plan.run_val_every_n_steps.map(|_| rows[..VALIDATION_ROWS].to_vec());
     let validation = validation.map(Tokenized::from_samples);
-    let tokens = Tokens { training: Tokenized::from_samples(rows), validation, pad: 4090 };
+    let training = Tokenized::from_samples(rows);
+    let training = match &plan.dataset[0].packing {
+        Some(packing) => training.packed(packing),
+        None => training,
+    };
+    let tokens = Tokens { training, validation, pad: 4090 };
     Run::with_data(plan, inputs, tokens, Device::Cpu, group).unwrap()
 }
 
