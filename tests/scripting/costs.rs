@@ -1,10 +1,14 @@
 //! What crossing the boundary costs. Measurements, not checks:
 //! `cargo test --release --test scripting -- --ignored --nocapture --test-threads 1 costs`.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use host::config::plan::GuestLimits;
-use host::data::template::{Cell, MESSAGES, Message, Role, Row};
+use host::config::plan::{
+    ColumnPlan, DataFile, DataFormat, DatasetPlan, GuestLimits, OnBadRow, PackingPlan, RowsPlan, TokenizerPlan,
+};
+use host::data::template::{Cell, MESSAGES, Message, Role, Row, Templates};
+use host::tokenizer::Tokenizer;
 use host::worker::StopFlag;
 use host_rank::script::{Recipe, open_template};
 use serde_json::json;
@@ -93,6 +97,41 @@ fn template_rows() {
             .min()
             .unwrap();
         println!("{path}: {:.0} rows/s of {bytes} bytes", rows.len() as f64 / best.as_secs_f64());
+    }
+}
+
+/// From a file of rows to packs, at first and out of the cache: `HOST_DATA_ROWS` and `HOST_DATA_MODEL` say of what.
+#[test]
+#[ignore = "a measurement"]
+fn data_path() {
+    let [rows, model] =
+        ["HOST_DATA_ROWS", "HOST_DATA_MODEL"].map(|name| PathBuf::from(std::env::var_os(name).unwrap()));
+    let cache = tempfile::tempdir().unwrap();
+    let column =
+        |(name, column): (&str, &str)| ColumnPlan { name: name.into(), column: column.into(), optional: false };
+    let plan = DatasetPlan {
+        files: vec![DataFile { split: "train".into(), path: rows }],
+        format: DataFormat::Jsonl,
+        hub: None,
+        split: "train".into(),
+        rows: RowsPlan::Columns {
+            columns: [("input", "document"), ("output", "summary")].map(column).into(),
+            template: None,
+        },
+        new_system_prompt: None,
+        train_on_input: false,
+        on_bad_row: OnBadRow::Error,
+        packing: Some(PackingPlan { max_seq_len: 512, split_across_pack: false }),
+        cache_dir: cache.path().into(),
+    };
+    let tokenizer_plan = TokenizerPlan { max_seq_len: Some(512), ..TokenizerPlan::plain(model.join("tokenizer.json")) };
+    for _ in 0..2 {
+        let started = Instant::now();
+        let tokenizer = Tokenizer::of(&tokenizer_plan).unwrap();
+        let prompt = open_template(&guest("templates/summarize.wasm"), &GuestLimits::default()).unwrap();
+        let templates = [Templates { own: None, prompt: Some(prompt) }];
+        let data = host::data::prepare(std::slice::from_ref(&plan), &tokenizer_plan, &tokenizer, &templates).unwrap();
+        println!("packed in {} s: {} packs", started.elapsed().as_secs_f64(), data.len());
     }
 }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use super::DIR;
@@ -20,8 +21,16 @@ pub struct Costs {
     pub script_share: BTreeMap<&'static str, f64>,
     /// Rows a second on one core, from cells to messages.
     template_rows_per_second: BTreeMap<String, f64>,
+    pub data_path: DataPath,
     checkpoint_write: Transfer,
     checkpoint_load: Transfer,
+}
+
+/// Rows a second on one core, from a file to packs, at first and from the cache.
+#[derive(Debug, serde::Serialize)]
+pub struct DataPath {
+    host: [f64; 2],
+    torchtune: [f64; 2],
 }
 
 /// Megabytes a second, ours and of a plain file of as many bytes.
@@ -39,6 +48,7 @@ pub fn of(root: &Path, peers: &Peers, wasm: &[Figures], rhai: &Figures) -> Resul
     Ok(Costs {
         script_share: [("Wasm", median(wasm_share)), ("Rhai", script_share(rhai)?)].into(),
         template_rows_per_second: templates(root, peers)?,
+        data_path: data_path(root, peers)?,
         checkpoint_write: write(root, rhai)?,
         checkpoint_load: read(&root.join(MODEL_DIR), median(loads))?,
     })
@@ -86,6 +96,55 @@ fn templates(root: &Path, peers: &Peers) -> Result<BTreeMap<String, f64>> {
     };
     speeds.insert("torchtune".to_owned(), theirs);
     Ok(speeds)
+}
+
+const DATA_ROWS: usize = 50_000;
+
+/// Both take turns on the same rows; the packs they come to must be as many.
+fn data_path(root: &Path, peers: &Peers) -> Result<DataPath> {
+    let path = root.join(DATA_DIR).join("train.jsonl");
+    let text = fs::read_to_string(&path).path_context("read", &path)?;
+    let rows = root.join(DIR).join("rows.jsonl");
+    let lines: String = text.split_inclusive('\n').cycle().take(DATA_ROWS).collect();
+    fs::write(&rows, lines).path_context("write", &rows)?;
+
+    let model = root.join(MODEL_DIR);
+    let mut ours = cargo(root);
+    ours.args("test --release --workspace --quiet --test scripting -- --ignored --nocapture data_path".split(' '));
+    ours.env("HOST_DATA_ROWS", &rows).env("HOST_DATA_MODEL", &model);
+    let mut theirs = peers.torchtune_script(root, "host/xtask/bench/data_path.py");
+    theirs.arg(&rows).arg(&model);
+    let figures = |command: Command| -> Result<[(f64, usize); 2]> {
+        let printed = capture(&mut on_one_core(command))?;
+        // `packed in SECONDS s: PACKS packs`
+        let figures = printed.lines().filter_map(|line| {
+            let (_, rest) = line.split_once("packed in ")?;
+            let (seconds, packs) = rest.split_once(" s: ")?;
+            Some((seconds.parse().ok()?, packs.split(' ').next()?.parse().ok()?))
+        });
+        figures.collect::<Vec<_>>().try_into().map_err(|_| Failure::new("no packs were made").cause(printed.trim()))
+    };
+    let (ours, theirs) = (figures(ours)?, figures(theirs)?);
+    if ours[0].1 != theirs[0].1 {
+        return Err(Failure::new(format!("{} packs of ours, {} of torchtune's", ours[0].1, theirs[0].1)));
+    }
+    let speed = |of: [(f64, usize); 2]| of.map(|(seconds, _)| DATA_ROWS as f64 / seconds);
+    Ok(DataPath { host: speed(ours), torchtune: speed(theirs) })
+}
+
+fn on_one_core(command: Command) -> Command {
+    let mut bound = Command::new("taskset");
+    bound.args(["--cpu-list", "0"]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => bound.env(name, value),
+            None => bound.env_remove(name),
+        };
+    }
+    if let Some(dir) = command.get_current_dir() {
+        bound.current_dir(dir);
+    }
+    bound
 }
 
 /// The checkpoint that `run` left, against one file of its size, synced like it.
@@ -141,6 +200,23 @@ fn size_of(dir: &Path) -> Result<u64> {
     Ok(bytes)
 }
 
+impl DataPath {
+    /// How many times torchtune's speed ours is.
+    pub fn ratios(&self) -> [f64; 2] {
+        [0, 1].map(|pass| self.host[pass] / self.torchtune[pass])
+    }
+}
+
+impl fmt::Display for DataPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ([cold, cached], [their_cold, their_cached]) = (self.host, self.torchtune);
+        write!(
+            f,
+            "file to packs: {cold:.0} rows/s, again {cached:.0}; torchtune {their_cold:.0}, again {their_cached:.0}"
+        )
+    }
+}
+
 impl Transfer {
     fn new(bytes: u64, ours: f64, plain: f64) -> Self {
         let megabytes = bytes as f64 / 1e6;
@@ -161,6 +237,7 @@ impl fmt::Display for Costs {
         for (name, speed) in &self.template_rows_per_second {
             writeln!(f, "template {name}: {speed:.0} rows/s, {:.2}x torchtune's", speed / theirs)?;
         }
+        writeln!(f, "{}", self.data_path)?;
         writeln!(f, "checkpoint written: {}", self.checkpoint_write)?;
         write!(f, "model loaded: {}", self.checkpoint_load)
     }

@@ -42,6 +42,9 @@ pub fn of(runs: &Runs, costs: &Costs) -> Vec<Target> {
     targets.push(Target::new("tokens/s, 2 processes / 1", processes, Bound::AtLeast(0.9)));
     let start = ratio("host", "peft", |f| f.seconds_to_first_step);
     targets.push(Target::new("start to the end of the first step, host / peft", start, START));
+    let [cold, cached] = costs.data_path.ratios();
+    targets.push(Target::new("rows/s from a file to packs, host / torchtune", cold, Bound::AtLeast(2.0)));
+    targets.push(Target::new("the same again, from the cache", cached, Bound::AtLeast(20.0)));
     for (kind, share) in &costs.script_share {
         targets.push(Target::new(format!("share of a step, {kind} recipe"), *share, Bound::AtMost(0.005)));
     }
