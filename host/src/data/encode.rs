@@ -306,8 +306,9 @@ impl Writer<'_> {
 
     /// The tokens of the whole conversation; a message has those that it adds to the conversation before it.
     ///
-    /// A beginning that the template refuses (a system message alone, often) counts as the next message's. EOS follows where
-    /// the template ends the last message by no token that stops.
+    /// A beginning that the template refuses (a system message alone, often) counts as the next message's. Where a template
+    /// writes a beginning otherwise than the whole does (Qwen 3 and Mistral write the last message in its own way), what is
+    /// learnt is looked for by its content. EOS follows where the template ends the last message by no token that stops.
     fn rendered(&mut self, template: &ChatTemplate, turns: &[Turn]) -> Result<(), String> {
         let chat = chat(turns);
         let encode = |count: usize| -> Result<Vec<u32>, String> {
@@ -321,7 +322,13 @@ impl Writer<'_> {
                 tokens.len()
             } else {
                 let begins = encode(count).unwrap_or_default();
-                begins.iter().zip(&tokens).take_while(|(a, b)| a == b).count().max(last_start)
+                let end = common(&begins, &tokens);
+                if end < begins.len() {
+                    trained = self.trained_by_content(template, turns, &chat, &tokens)?;
+                    last_start = 0;
+                    break;
+                }
+                end.max(last_start)
             };
             trained.resize(end, turn.is_trained);
         }
@@ -332,6 +339,43 @@ impl Writer<'_> {
         }
         Ok(())
     }
+
+    /// Which tokens carry loss, by the place of each message's content in the whole: from its first token to the one that
+    /// stops after it. The place is where the text changes when a letter of no language is put before it, or after it.
+    fn trained_by_content(
+        &self,
+        template: &ChatTemplate,
+        turns: &[Turn],
+        chat: &[ChatMessage],
+        tokens: &[u32],
+    ) -> Result<Vec<bool>, String> {
+        const MARK: char = '\u{e000}';
+        let whole: Vec<char> = template.render(chat, false)?.chars().collect();
+        let tokens_before = |content: String, index: usize| -> Result<usize, String> {
+            let mut marked = chat.to_vec();
+            marked[index].content = content;
+            let marked: Vec<char> = template.render(&marked, false)?.chars().collect();
+            let before: String = whole[..common(&whole, &marked)].iter().collect();
+            let encoded = self.tokenizer.encode(&before).map_err(|error| one_line(&error))?;
+            Ok(common(&encoded, tokens))
+        };
+        let mut trained = vec![false; tokens.len()];
+        for (index, _) in turns.iter().enumerate().filter(|(_, turn)| turn.is_trained) {
+            let content = &chat[index].content;
+            let start = tokens_before(format!("{MARK}{content}"), index)?;
+            let mut end = tokens_before(format!("{content}{MARK}"), index)?.max(start);
+            if tokens.get(end).is_some_and(|token| self.tokenizer.stop_tokens().contains(token)) {
+                end += 1;
+            }
+            trained[start..end].fill(true);
+        }
+        Ok(trained)
+    }
+}
+
+/// How many elements two lists begin with alike.
+fn common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 fn one_line(error: &Error) -> String {

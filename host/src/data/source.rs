@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -590,6 +591,8 @@ fn cells_of(batch: &RecordBatch, columns: &[Wanted]) -> Result<VecDeque<Result<V
     let read = |wanted: &Wanted| {
         Ok(match (wanted.want, batch.column_by_name(&wanted.column)) {
             (Want::TextOrNone, None) => Read::Absent,
+            // Nothing but nulls.
+            (_, Some(array)) if *array.data_type() == DataType::Null => Read::Absent,
             (Want::Nested, Some(array)) => Read::Nested(array.clone()),
             _ => Read::Texts(text_column(batch, &wanted.column)?),
         })
@@ -663,7 +666,48 @@ fn scan_parquet(path: &Path) -> Result<(u64, Vec<String>)> {
 }
 
 fn parquet_builder(path: &Path, file: File) -> Result<ParquetRecordBatchReaderBuilder<File>> {
+    check_nesting(path, &file)?;
     read_parquet(path, || ParquetRecordBatchReaderBuilder::try_new(file))
+}
+
+/// Columns nested deeper than this are nobody's rows.
+const MAX_NESTING: usize = 32;
+
+/// The library recurses into the columns that a footer describes, without a bound. So a footer that could describe more
+/// levels than a thread's stack takes is first read on a stack that is large enough for it.
+fn check_nesting(path: &Path, file: &File) -> Result<()> {
+    const HARMLESS: u64 = 1024;
+    /// More of the stack than the library takes for a level, which is 8 bytes of the footer at least.
+    const STACK_PER_BYTE: u64 = 256;
+    const LARGEST: u64 = 64 << 20;
+    let size = file.metadata().map_err(|error| read_error(path, error))?.len();
+    let mut end = [0; 8];
+    let at = size.saturating_sub(8);
+    // What is no Parquet file at all is told so by the library.
+    if file.read_exact_at(&mut end, at).is_err() || &end[4..] != b"PAR1" {
+        return Ok(());
+    }
+    let footer = u64::from(u32::from_le_bytes([end[0], end[1], end[2], end[3]]));
+    if footer <= HARMLESS || footer > at {
+        return Ok(());
+    }
+    if footer > LARGEST {
+        return Err(parquet_error(path, format!("its footer has {footer} bytes, more than {LARGEST}")));
+    }
+    let file = file.try_clone().map_err(|error| read_error(path, error))?;
+    let deepest = move || {
+        // Dropped here too, which recurses as well.
+        let builder = panics::caught(|| ParquetRecordBatchReaderBuilder::try_new(file)).ok()?.ok()?;
+        builder.parquet_schema().columns().iter().map(|column| column.path().parts().len()).max()
+    };
+    let thread = std::thread::Builder::new().stack_size((16 << 20) + (footer * STACK_PER_BYTE) as usize);
+    let thread = thread.spawn(deepest).map_err(|error| parquet_error(path, error))?;
+    match thread.join().ok().flatten() {
+        Some(depth) if depth > MAX_NESTING => {
+            Err(parquet_error(path, format!("its columns are nested {depth} deep, more than {MAX_NESTING}")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The library asserts much of what a file says.

@@ -97,6 +97,18 @@ fn parse_slice(term: &str, text: &str) -> Result<Slice> {
     {
         return wrong(format!("`[{slice}]` mixes a number of rows and a percentage"));
     }
+    let count = |boundary| match boundary {
+        Boundary::Rows(count) | Boundary::Percent(count) => count,
+    };
+    // Of a number from the start and one from the end only the rows can tell.
+    let is_empty = match (from.map(count), to.map(count)) {
+        (Some(from), Some(to)) => (from < 0) == (to < 0) && from >= to,
+        (None, Some(to)) => to == 0,
+        _ => false,
+    };
+    if is_empty {
+        return wrong(format!("`[{slice}]` selects no rows"));
+    }
     Ok(Slice { split: name.to_owned(), from, to })
 }
 
@@ -186,7 +198,10 @@ mod tests {
         check_error("train[3:50%]", "mixes a number of rows and a percentage");
         check_error("valid", "has no split `valid`\nhint: it has `train`, `test`");
         check_error("train[7:]", "selects no rows");
-        check_error("train[5:3]", "selects no rows: `train` has 7 rows, and the slice goes from 5 to 3");
+        check_error("train[5:3]", "`[5:3]` selects no rows");
+        check_error("train[:0]", "`[:0]` selects no rows");
+        check_error("train[-2:-2]", "`[-2:-2]` selects no rows");
+        check_error("train[5:-3]", "selects no rows: `train` has 7 rows, and the slice goes from 5 to 4");
         check_error("train[]", "`[]` has no `:`");
         check_error("train[1:2", "without `]`");
         check_error("train[a:]", "`a` is neither");

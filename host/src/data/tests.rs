@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Float64Array, Int64Array, ListArray, RecordBatch, StringArray};
-use arrow::datatypes::Int32Type;
+use arrow::array::{ArrayRef, Float64Array, Int64Array, ListArray, NullArray, RecordBatch, StringArray};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{Field, Int32Type};
 use serde_json::Value;
 
 use super::encode::Encoded;
@@ -275,6 +276,29 @@ fn parquet(batch: &RecordBatch) -> Vec<u8> {
     writer.write(batch).unwrap();
     writer.close().unwrap();
     bytes
+}
+
+/// What the library would recurse into until the stack ends.
+#[test]
+fn parquet_nested_without_end_is_refused() {
+    let mut column: ArrayRef = Arc::new(Int64Array::from(vec![1]));
+    for _ in 0..25 {
+        let field = Arc::new(Field::new("item", column.data_type().clone(), true));
+        column = Arc::new(ListArray::new(field, OffsetBuffer::from_lengths([1]), column, None));
+    }
+    let batch = RecordBatch::try_from_iter([("document", column)]).unwrap();
+    let error = Case::new(DataFormat::Parquet).file("train", parquet(&batch)).prepare().unwrap_err().to_string();
+    assert!(error.contains("deep, more than 32"), "{error}");
+}
+
+#[test]
+fn a_parquet_column_of_nulls_is_missing_text() {
+    let batch = RecordBatch::try_from_iter_with_nullable([
+        ("document", Arc::new(NullArray::new(2)) as ArrayRef, true),
+        ("summary", Arc::new(Int64Array::from(vec![1, 2])) as ArrayRef, true),
+    ]);
+    let error = Case::new(DataFormat::Parquet).file("train", parquet(&batch.unwrap())).prepare().unwrap_err();
+    assert!(error.to_string().contains("`document` is null, text is needed"), "{error}");
 }
 
 #[test]
@@ -943,6 +967,19 @@ fn a_chat_template_says_whose_tokens_are_whose() {
     // `<|eot_id|>` is there once, and trained.
     assert_eq!(found.tokens.last(), Some(&4094));
     assert_eq!((found.tokens.iter().filter(|id| **id == 4094).count(), found.trained.last()), (5, Some(&true)));
+
+    // The last message is written in a way of its own, as by Qwen 3; and by Mistral, which drops the system's before answers.
+    let thinks = "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n\
+        {% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}";
+    let instructs = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last %}{{ messages[0].content }} \
+        {% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}";
+    for (template, expected) in [(thinks, "ab"), (instructs, " a b")] {
+        let (found, _, tokenizer) = sample(template, &messages).unwrap();
+        assert_eq!(text(&tokenizer, &found), expected);
+        let trained_ends =
+            found.tokens.iter().zip(&found.trained).filter(|(token, trained)| **token == 4094 && **trained);
+        assert_eq!(trained_ends.count(), 2);
+    }
 
     // A template that ends nothing gets EOS; one that refuses a beginning counts it as the next message's.
     let bare = "{% if messages | length == 1 %}{{ raise_exception('too short') }}{% endif %}{% for m in messages %}{{ m.content }}\n{% endfor %}";

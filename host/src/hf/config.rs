@@ -160,24 +160,35 @@ impl Reader<'_> {
         }
     }
 
-    /// The rotary section: transformers 5 writes `rope_parameters`, earlier ones `rope_scaling` and `rope_theta`.
-    fn rope_section(&self) -> Option<&Map<String, Value>> {
-        ["rope_parameters", "rope_scaling"].iter().find_map(|key| self.0.get(*key).and_then(Value::as_object))
+    /// The rotary section: transformers 5 writes `rope_parameters`, earlier ones `rope_scaling` and `rope_theta`; of both
+    /// it takes `rope_scaling`.
+    fn rope_section(&self) -> Result<Option<&Map<String, Value>>> {
+        for key in ["rope_scaling", "rope_parameters"] {
+            match self.0.get(key) {
+                None | Some(Value::Null) => {}
+                Some(Value::Object(section)) => return Ok(Some(section)),
+                Some(other) => return Err(Error::config(format!("`{key}` must be an object, found {other}"))),
+            }
+        }
+        Ok(None)
     }
 
     fn rope_theta(&self) -> Result<f64> {
         if let Some(theta) = self.number("rope_theta")? {
             return Ok(theta);
         }
-        Ok(self
-            .rope_section()
-            .and_then(|section| section.get("rope_theta"))
-            .and_then(Value::as_f64)
-            .unwrap_or(10_000.0))
+        let in_section = |key: &str| self.0.get(key).and_then(|section| section.get("rope_theta"));
+        match in_section("rope_scaling").or_else(|| in_section("rope_parameters")) {
+            None | Some(Value::Null) => Ok(10_000.0),
+            Some(theta) => theta
+                .as_f64()
+                .filter(|theta| *theta > 0.0)
+                .ok_or_else(|| Error::config(format!("`rope_theta` must be a number above 0, found {theta}"))),
+        }
     }
 
     fn rope_scaling(&self) -> Result<Option<RopeScaling>> {
-        let Some(section) = self.rope_section() else { return Ok(None) };
+        let Some(section) = self.rope_section()? else { return Ok(None) };
         let kind =
             section.get("rope_type").or_else(|| section.get("type")).and_then(Value::as_str).unwrap_or("default");
         match kind {
@@ -268,6 +279,11 @@ mod tests {
         assert!(message(r#", "mlp_bias": true"#).contains("mlp_bias"));
         assert!(message(r#", "hidden_act": "gelu""#).contains("gelu"));
         assert!(message(r#", "rope_scaling": {"rope_type": "yarn"}"#).contains("yarn"));
+        // Both spellings: transformers takes the old one.
+        let both = r#", "rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_type": "yarn"}"#;
+        assert!(message(both).contains("yarn"));
+        assert!(message(r#", "rope_scaling": "dynamic""#).contains("must be an object"));
+        assert!(message(r#", "rope_parameters": {"rope_theta": "many"}"#).contains("rope_theta"));
         assert!(message(r#", "head_dim": 0"#).contains("head_dim"));
         assert!(ModelConfig::parse("[]").is_err());
         assert!(ModelConfig::parse("{").is_err());

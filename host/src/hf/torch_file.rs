@@ -290,7 +290,7 @@ impl Machine<'_> {
             0x87 => self.tuple(3)?,
             b't' => {
                 let items = self.since_mark()?;
-                self.push(Value::Tuple(items))?;
+                self.push_tuple(items)?;
             }
             b'}' => self.push(Value::Dict(vec![]))?,
             b']' => self.push(Value::Other)?, // EMPTY_LIST
@@ -400,10 +400,16 @@ impl Machine<'_> {
     fn tuple(&mut self, length: usize) -> Parsed<()> {
         let at = self.stack.len().checked_sub(length).ok_or("its index takes a value that is not there")?;
         let items = self.stack.split_off(at);
+        self.push_tuple(items)
+    }
+
+    fn push_tuple(&mut self, items: Vec<Value>) -> Parsed<()> {
+        check_depth(&items)?;
         self.push(Value::Tuple(items))
     }
 
     fn set(&mut self, items: Vec<Value>) -> Parsed<()> {
+        check_depth(&items)?;
         let Some(Value::Dict(entries)) = self.stack.last_mut() else {
             return Err("its index puts an entry into something else than a dictionary".into());
         };
@@ -445,8 +451,27 @@ fn size(value: &Value) -> usize {
     match value {
         Value::Tuple(items) => 1 + items.iter().map(size).sum::<usize>(),
         Value::Dict(entries) => 1 + entries.iter().map(|(key, value)| size(key) + size(value)).sum::<usize>(),
+        Value::Text(text) => 1 + text.len() / 64,
+        Value::Storage(storage) => 1 + storage.key.len() / 64,
+        Value::Tensor(_) => 8,
         _ => 1,
     }
+}
+
+/// Looking into values and dropping them recurses, so their depth is bounded as they are made.
+fn check_depth(items: &[Value]) -> Parsed<()> {
+    fn is_within(value: &Value, depth: usize) -> bool {
+        let inner = |value: &Value| depth > 0 && is_within(value, depth - 1);
+        match value {
+            Value::Tuple(items) => items.iter().all(inner),
+            Value::Dict(entries) => entries.iter().all(|(key, value)| inner(key) && inner(value)),
+            _ => true,
+        }
+    }
+    if items.iter().all(|item| is_within(item, MAX_DEPTH)) {
+        return Ok(());
+    }
+    Err("its values are nested without end".into())
 }
 
 /// `("storage", type, key, device, elements)`.
@@ -566,6 +591,18 @@ mod tests {
         }
         code.push(b'.');
         assert!(unpickle(&code).unwrap_err().contains("more values"));
+    }
+
+    #[test]
+    fn what_would_take_the_stack_or_the_memory_is_stopped() {
+        // A tuple around a tuple, a million times.
+        let deep = [&[0x80, 2, b')'][..], &[0x85; 1_000_000], b"."].concat();
+        assert!(unpickle(&deep).unwrap_err().contains("nested without end"));
+        // A long text, kept once and recalled again and again.
+        let mut long = [&[0x80, 2, b'X'][..], &1_000_000u32.to_le_bytes(), &[b'a'; 1_000_000], b"q\0"].concat();
+        long.extend(b"h\0".repeat(200_000));
+        long.push(b'.');
+        assert!(unpickle(&long).unwrap_err().contains("more values"));
     }
 
     proptest! {

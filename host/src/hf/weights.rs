@@ -130,12 +130,19 @@ impl WeightIndex {
 
 /// The files an index names, in order, or the single weight file; safetensors before PyTorch's own.
 fn listed_files(dir: &Path) -> Result<Vec<String>> {
-    let first = |names: [&str; 2]| names.into_iter().map(|name| dir.join(name)).find(|path| path.exists());
-    let Some(index) = first(["model.safetensors.index.json", "pytorch_model.bin.index.json"]) else {
-        let single =
-            first(["model.safetensors", "pytorch_model.bin"]).or_else(|| first(["consolidated.00.pth", "model.bin"]));
-        if let Some(name) = single.as_ref().and_then(|path| path.file_name()) {
-            return Ok(vec![name.to_string_lossy().into_owned()]);
+    const NAMES: [&str; 6] = [
+        "model.safetensors.index.json",
+        "model.safetensors",
+        "pytorch_model.bin.index.json",
+        "pytorch_model.bin",
+        "consolidated.00.pth",
+        "model.bin",
+    ];
+    let found = NAMES.into_iter().find(|name| dir.join(name).exists());
+    let index = found.filter(|name| name.ends_with(".json")).map(|name| dir.join(name));
+    let Some(index) = index else {
+        if let Some(name) = found {
+            return Ok(vec![name.to_owned()]);
         }
         return Err(Error::config(format!("no weights in the model folder `{}`", dir.display())).hint(
             "it needs `model.safetensors`, or `model.safetensors.index.json` and the files that names; files under other \

@@ -28,7 +28,7 @@ pub struct ChatTemplate {
 }
 
 /// A message as templates know it.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct ChatMessage {
     pub role: &'static str,
     pub content: String,
@@ -39,9 +39,11 @@ impl ChatTemplate {
         let folder = plan.path.parent().unwrap_or("".as_ref());
         let config_path = plan.tokenizer_config.clone().unwrap_or_else(|| folder.join("tokenizer_config.json"));
         let config = read_json(&config_path)?.unwrap_or(Json::Null);
-        // Newer checkpoints keep it in a file of its own, which wins.
+        // Newer checkpoints keep it in a file of its own, which wins where the config names no other.
         let file = folder.join("chat_template.jinja");
+        let named = plan.tokenizer_config.as_ref().and_then(|_| in_config(&config));
         let (path, source) = match std::fs::read_to_string(&file) {
+            _ if named.is_some() => (config_path, named.unwrap_or_default()),
             Ok(source) => (file, source),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let source = in_config(&config).ok_or_else(|| {

@@ -72,7 +72,7 @@ impl Recorder {
         let path = log_dir.join(filename.clone().unwrap_or_else(|| format!("log_{seconds}.{ending}")));
         // Appending: a resumed run that names its file goes on in it.
         let file = File::options().read(true).create(true).append(true).open(&path).path_context("create", &path)?;
-        cut_torn_line(&file).path_context("write", &path)?;
+        end_torn_line(&file).path_context("write", &path)?;
         tracing::info!("Writing logs to {}", path.display());
         Ok(Self(Sink::Disk { file, path, format: *format }))
     }
@@ -98,12 +98,19 @@ impl Recorder {
     }
 }
 
-/// A run that was killed, or whose disk was full, may have left the beginning of a line.
-fn cut_torn_line(mut file: &File) -> std::io::Result<()> {
+/// A run that was killed, or whose disk was full, may have left the beginning of a line of its log: it goes. What else
+/// a file ends with stays, as a line of its own.
+fn end_torn_line(mut file: &File) -> std::io::Result<()> {
     let mut bytes = vec![];
     file.read_to_end(&mut bytes)?;
     let end = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
-    if end < bytes.len() { file.set_len(end as u64) } else { Ok(()) }
+    let rest = &bytes[end..];
+    let is_ours = |start: &[u8]| rest.starts_with(start) || start.starts_with(rest);
+    match rest {
+        [] => Ok(()),
+        _ if is_ours(b"{\"step\":") || is_ours(b"Step ") => file.set_len(end as u64),
+        _ => file.write_all(b"\n"),
+    }
 }
 
 /// The bar of one epoch, in torchtune's form: `epoch|step|Loss: x`. Where there is no terminal, a plain line a step.

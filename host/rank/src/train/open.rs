@@ -22,7 +22,7 @@ use crate::model::{Llama, Weights};
 use crate::optim::{AdamW, Schedule};
 use crate::torch::TorchContext;
 use crate::train::agree::{self, Facts};
-use crate::train::run::{Parts, Run};
+use crate::train::run::{Parts, Run, rows_of_epoch};
 use crate::{device, torch};
 
 /// What the worker's start-up hands to a run besides the plan.
@@ -152,7 +152,7 @@ impl Run {
             None => beginning(&plan, identity, &group),
         };
         let curve = resume_dir.as_deref().map(Curve::read).unwrap_or_default();
-        let steps_per_epoch = steps_per_epoch(&plan, &data, &position)?;
+        let steps_per_epoch = steps_per_epoch(&plan, &data, &position, group.world_size)?;
         let total_steps = plan.epochs * steps_per_epoch;
         let record = record(&plan, &inputs, &position);
         agree::check(&group, &facts(&config, &record, &position, tokens.validation.as_ref(), &adapter)?)?;
@@ -248,7 +248,10 @@ fn beginning(plan: &TrainPlan, identity: Identity, group: &Group) -> Position {
         epoch: 0,
         step_in_epoch: 0,
         seed: plan.seed,
-        samples_per_step: plan.batch_size * plan.gradient_accumulation_steps * group.world_size,
+        samples_per_step: plan
+            .batch_size
+            .saturating_mul(plan.gradient_accumulation_steps)
+            .saturating_mul(group.world_size),
         identity,
         host_version: env!("CARGO_PKG_VERSION").to_owned(),
         saved_at: 0,
@@ -256,8 +259,9 @@ fn beginning(plan: &TrainPlan, identity: Identity, group: &Group) -> Position {
 }
 
 /// Whole steps in an epoch; the rows left over are dropped.
-fn steps_per_epoch(plan: &TrainPlan, data: &Tokenized, position: &Position) -> Result<usize> {
-    let steps = (data.len() / position.samples_per_step).min(plan.max_steps_per_epoch.unwrap_or(usize::MAX));
+fn steps_per_epoch(plan: &TrainPlan, data: &Tokenized, position: &Position, world_size: usize) -> Result<usize> {
+    let rows = rows_of_epoch(plan, data.len(), world_size);
+    let steps = (rows / position.samples_per_step).min(plan.max_steps_per_epoch.unwrap_or(usize::MAX));
     if steps > 0 && position.step_in_epoch >= steps {
         let done = position.step_in_epoch;
         return Err(Error::config(format!("the checkpoint is {done} steps into an epoch that now has {steps}"))

@@ -47,6 +47,21 @@ pub struct Parts {
     pub stop: StopFlag,
 }
 
+impl Parts {
+    fn epoch_order(&self) -> Vec<u32> {
+        let mut order = self.order.epoch(self.position.epoch);
+        let more = rows_of_epoch(&self.plan, order.len(), self.group.world_size) - order.len();
+        order.extend_from_within(..more);
+        order
+    }
+}
+
+/// Rows that an epoch goes through. torchtune gives every rank as many, and takes the first ones again for it.
+pub fn rows_of_epoch(plan: &TrainPlan, num_rows: usize, world_size: usize) -> usize {
+    let is_padded = plan.compat_torchtune && num_rows >= world_size;
+    if is_padded { num_rows.next_multiple_of(world_size) } else { num_rows }
+}
+
 pub struct Run {
     pub(super) parts: Parts,
     /// Row numbers of the current epoch, in the order all ranks share.
@@ -59,7 +74,7 @@ pub struct Run {
 
 impl Run {
     pub(super) fn start(parts: Parts) -> Result<Self> {
-        let epoch_order = parts.order.epoch(parts.position.epoch);
+        let epoch_order = parts.epoch_order();
         let mut run = Self { parts, epoch_order, step: None, progress: None, interruption: Rc::default() };
         if run.parts.position.step == 0 {
             run.validate()?;
@@ -325,7 +340,7 @@ impl Run {
         if epoch_ends {
             self.end_progress();
             if !self.is_complete() {
-                self.epoch_order = self.parts.order.epoch(self.parts.position.epoch);
+                self.epoch_order = self.parts.epoch_order();
                 self.begin_progress();
             }
         }
