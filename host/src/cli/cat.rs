@@ -43,8 +43,12 @@ pub fn run(args: &Args) -> Result<()> {
         return Err(shipped::not_yet("config", &args.config, later));
     }
     if path.extension().is_none_or(|suffix| suffix != "yaml" && suffix != "yml") {
-        return Err(Error::config(format!("`{}` is neither a .yaml file nor a config's name", args.config))
-            .hint("`host ls` lists the names"));
+        return Err(Error::config(format!("`{}` is neither a .yaml file nor a config's name", args.config)).hint(
+            match registry::similar_config(&args.config) {
+                Some(near) => format!("did you mean `{near}`?"),
+                None => "`host ls` lists the names".to_owned(),
+            },
+        ));
     }
     let config = shipped::load_config(&path, &args.overrides, &around)?;
     ui::out(config.print(args.resolved, args.sort)?.trim_end())

@@ -7,7 +7,9 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use crate::config::plan::{DatasetPlan, GuestRef, MessageFormat, ModelPlan, Plan, RowsPlan, TokenizerPlan, TrainPlan};
+use crate::config::plan::{
+    DatasetPlan, GuestRef, MessageFormat, MetricSink, ModelPlan, Plan, RowsPlan, TokenizerPlan, TrainPlan,
+};
 use crate::config::registry::{self, Role};
 use crate::config::{Config, Notice};
 use crate::data::source::{SourceFile, Wanted};
@@ -68,12 +70,29 @@ impl Findings<'_> {
             let error = Error::config(format!("the checkpoint `{}` is not a folder that exists", folder.display()));
             self.add("resume_from", error.hint("checkpoints are `epoch_N` and `step_N` in the output folder"));
         }
-        self.add_result("output_dir", check_output(&plan.output_dir, &plan.model.checkpoint_dir));
-        if plan.checkpoint.output_dir != plan.output_dir {
-            self.add_result(
-                "checkpointer.output_dir",
-                check_output(&plan.checkpoint.output_dir, &plan.model.checkpoint_dir),
+        if plan.checkpoint.resume
+            && plan.checkpoint.resume_from.is_none()
+            && !has_checkpoint(&plan.checkpoint.output_dir)
+        {
+            let what = format!(
+                "`resume_from_checkpoint: True`, but `{}` holds no checkpoint",
+                plan.checkpoint.output_dir.display()
             );
+            let hint = "start without it, or set `checkpointer.output_dir` to the folder of the run to go on with";
+            self.add("resume_from_checkpoint", Error::config(what).hint(hint));
+        }
+        let model = &plan.model.checkpoint_dir;
+        if let MetricSink::Disk { log_dir, .. } | MetricSink::TensorBoard { log_dir, .. } = &plan.metrics.sink
+            && !log_dir.starts_with(&plan.output_dir)
+        {
+            let hint = "leave `metric_logger.log_dir` out: logs go to `${output_dir}/logs`";
+            self.add_result("metric_logger.log_dir", check_output(log_dir, model, hint));
+        }
+        let hint = "give another with `output_dir=FOLDER`";
+        self.add_result("output_dir", check_output(&plan.output_dir, model, hint));
+        if plan.checkpoint.output_dir != plan.output_dir {
+            let checked = check_output(&plan.checkpoint.output_dir, model, hint);
+            self.add_result("checkpointer.output_dir", checked);
         }
     }
 
@@ -195,6 +214,13 @@ impl Findings<'_> {
     }
 }
 
+/// Whether a folder has what may be a checkpoint, by its name; what it is worth, the worker sees.
+fn has_checkpoint(output: &Path) -> bool {
+    let entries = std::fs::read_dir(output).into_iter().flatten().flatten();
+    let is_one = |name: &str| name.starts_with("step_") || name.starts_with("epoch_");
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).any(|name| is_one(&name))
+}
+
 /// Whether `path` and `other`, if that is there, are files of different bytes.
 fn differ(path: &Path, other: &Path) -> bool {
     let is_same_file = path.canonicalize().ok() == other.canonicalize().ok();
@@ -268,7 +294,7 @@ fn check_guest(guest: &GuestRef, noun: &str) -> Result<()> {
 }
 
 /// An output folder must be, or be able to become, a folder we can write to, outside the model's.
-fn check_output(output: &Path, model: &Path) -> Result<()> {
+pub fn check_output(output: &Path, model: &Path, hint: &str) -> Result<()> {
     let nearest = nearest_existing(output);
     let name = output.display();
     if !nearest.is_dir() {
@@ -281,7 +307,7 @@ fn check_output(output: &Path, model: &Path) -> Result<()> {
     if let Err(error) = tempfile::tempfile_in(&nearest) {
         return Err(Error::config(format!("the output folder `{name}` cannot be written to"))
             .cause(format!("`{}`: {error}", nearest.display()))
-            .hint("give another with `output_dir=FOLDER`"));
+            .hint(hint));
     }
     // `resolve` compared the names; links may still lead into the model's folder.
     if let (Ok(real), Ok(model)) = (nearest.canonicalize(), model.canonicalize())
@@ -290,7 +316,7 @@ fn check_output(output: &Path, model: &Path) -> Result<()> {
         return Err(Error::config(format!(
             "the output folder `{name}` leads into the model's folder, which is never written to"
         ))
-        .hint("give another with `output_dir=FOLDER`"));
+        .hint(hint));
     }
     Ok(())
 }

@@ -62,7 +62,15 @@ pub fn run(args: &Args) -> Result<()> {
         return Err(Error::config(format!("`generate` runs in one process, and {nproc} were asked for"))
             .hint("leave `--nproc` out"));
     }
-    launch::run(&plan, nproc, &args.torchrun.options()?)
+    let options = args.torchrun.options()?;
+    if let Some(dir) = &options.logs.dir {
+        let model = match &plan {
+            Plan::Train(plan) => &plan.model,
+            Plan::Generate(plan) => &plan.model,
+        };
+        check::check_output(dir, &model.checkpoint_dir, "give another with `--log-dir FOLDER`")?;
+    }
+    launch::run(&plan, nproc, &options)
 }
 
 enum Recipe {

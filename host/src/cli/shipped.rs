@@ -86,9 +86,9 @@ pub fn find(relative: &str, around: &Surroundings<'_>) -> Option<PathBuf> {
 }
 
 /// torchtune has it, and `host` does not yet.
-pub fn not_yet(noun: &str, name: &str, later: &registry::NotYet) -> Error {
+pub fn not_yet(noun: &str, name: &str, road: &str) -> Error {
     Error::config(format!("the {noun} `{name}` of torchtune is not there yet"))
-        .cause(format!("on the road: {}", later.road))
+        .cause(format!("on the road: {road}"))
         .hint("`host ls` lists what is there")
 }
 

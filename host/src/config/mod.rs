@@ -14,6 +14,7 @@ pub(crate) mod suggest;
 mod verify;
 mod yaml;
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Location, Result};
@@ -48,6 +49,8 @@ pub struct Config {
     written: Node,
     root: Node,
     mistakes: Vec<Error>,
+    /// Of the mistakes, how many are overrides that could not be applied; they come first.
+    not_applied: usize,
 }
 
 impl Config {
@@ -59,13 +62,14 @@ impl Config {
     pub fn parse(text: &str, path: &Path, overrides: &[String]) -> Result<Self> {
         let mut root = yaml::parse_config(text, path)?;
         let mut mistakes = overrides::apply(&mut root, overrides);
+        let not_applied = mistakes.len();
         let written = root;
         let (root, broken) = interpolate::resolve(&written);
         mistakes.extend(broken.into_iter().map(|mistake| {
             let error = yaml::locate(Error::config(mistake.message), path, mistake.mark);
             mistake.hint.into_iter().fold(error, Error::hint)
         }));
-        Ok(Self { path: path.to_owned(), overrides: overrides.to_vec(), written, root, mistakes })
+        Ok(Self { path: path.to_owned(), overrides: overrides.to_vec(), written, root, mistakes, not_applied })
     }
 
     /// Returns the config as YAML, overrides applied and interpolations replaced.
@@ -76,7 +80,8 @@ impl Config {
 
     /// The config as YAML for a person; `resolved` with every interpolation replaced, which must then be possible.
     pub fn print(&self, resolved: bool, sort: bool) -> Result<String> {
-        if let Some(error) = Error::all(self.mistakes.clone()).filter(|_| resolved) {
+        let counting = if resolved { self.mistakes.len() } else { self.not_applied };
+        if let Some(error) = Error::all(self.mistakes[..counting].to_vec()) {
             return Err(error);
         }
         let mut value = if resolved { &self.root } else { &self.written }.to_value();
@@ -147,7 +152,13 @@ fn read(path: &Path) -> Result<String> {
     if metadata.len() > MAX_BYTES {
         return Err(fail(format!("it has {} bytes, and a config has at most {MAX_BYTES}", metadata.len())));
     }
-    let bytes = std::fs::read(path).map_err(|error| fail(error.to_string()))?;
+    // A device or a pipe has no length to go by.
+    let mut bytes = vec![];
+    let read = std::fs::File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes));
+    read.map_err(|error| fail(error.to_string()))?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(fail(format!("it does not end within {MAX_BYTES} bytes")));
+    }
     String::from_utf8(bytes).map_err(|error| {
         fail(format!("byte {} is not UTF-8, so it is not a text file", error.utf8_error().valid_up_to()))
     })

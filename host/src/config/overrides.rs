@@ -23,7 +23,10 @@ pub fn apply(root: &mut Node, arguments: &[String]) -> Vec<Error> {
     for argument in arguments {
         let applied = parse(argument).and_then(|parsed| match parsed {
             Override::Set { path, value } => {
-                replaced.extend(value.as_str().is_some().then_some(path));
+                if value.as_str().is_some() {
+                    let section = path.strip_suffix("._component_").unwrap_or(path);
+                    replaced.push((section, component_of(root, section)));
+                }
                 set(root, path, value, argument)
             }
             Override::Delete { path } => delete(root, path, argument),
@@ -31,21 +34,43 @@ pub fn apply(root: &mut Node, arguments: &[String]) -> Vec<Error> {
         mistakes.extend(applied.err());
     }
     // Last, because a key may be deleted that goes with its component.
-    for path in replaced {
-        drop_stale(root, path);
+    for (path, old) in replaced {
+        drop_stale(root, path, old.as_deref());
     }
     mistakes
 }
 
+/// What a section names as its component, before it is replaced.
+fn component_of(root: &mut Node, path: &str) -> Option<String> {
+    Some(at_mut(root, path)?.entry("_component_")?.value.as_str()?.to_owned())
+}
+
 /// What the file says for a component that the command line replaced stays only where the new one has such a key: an
-/// optimizer keeps its `lr`, a data set loses the columns of the old one. torchtune keeps all, and stumbles over the rest.
-fn drop_stale(root: &mut Node, path: &str) {
+/// optimizer keeps its `lr`, a data set loses the columns of the old one. What neither knows stays too, to be reported.
+/// torchtune keeps all, and stumbles over the rest.
+fn drop_stale(root: &mut Node, path: &str, old: Option<&str>) {
     let Some(Tree::Map(entries)) = at_mut(root, path).map(|node| &mut node.tree) else { return };
     let name = entries.iter().find(|entry| entry.key == "_component_").and_then(|entry| entry.value.as_str());
-    let Some(component) = name.and_then(registry::component) else { return };
-    entries.retain(|entry| {
+    let Some(new) = name.and_then(registry::component) else { return };
+    let old = old.and_then(registry::component);
+    if old.is_some_and(|old| old.name == new.name) {
+        return;
+    }
+    entries.retain_mut(|entry| {
         let name = entry.key.as_str();
-        name == "_component_" || entry.key_mark == Mark::CommandLine || component.key(name).is_some()
+        if name == "_component_" || entry.key_mark == Mark::CommandLine {
+            return true;
+        }
+        // The names in it are the old data set's.
+        if name == "column_map"
+            && let Tree::Map(columns) = &mut entry.value.tree
+        {
+            columns.retain(|column| column.key_mark == Mark::CommandLine);
+            return !columns.is_empty();
+        }
+        let was_of_old = old.is_none_or(|old| old.key(name).is_some());
+        let is_of_new = new.key(name).is_some_and(|key| !matches!(key.class, registry::Class::Refused(_)));
+        is_of_new || !was_of_old
     });
 }
 
@@ -219,8 +244,8 @@ fn at_mut<'a>(node: &'a mut Node, path: &str) -> Option<&'a mut Node> {
 mod tests {
     use super::*;
 
-    const CONFIG: &str =
-        "epochs: 1\nmodel: {_component_: llama, rank: 8}\nfiles: [a, b]\nnested: {one: {two: 2}}\nnothing: null\n";
+    const CONFIG: &str = "epochs: 1\nmodel: {_component_: llama, rank: 8}\nfiles: [a, b]\nnested: {one: {two: 2}}\nnothing: null\n\
+         data: {_component_: alpaca_dataset, source: x, train_on_input: true, typo: 1, column_map: {input: a}}\n";
 
     fn applied(arguments: &[&str]) -> Result<Node> {
         let mut root = yaml::parse(CONFIG, Path::new("c.yaml")).unwrap();
@@ -252,6 +277,9 @@ mod tests {
         check(&["epochs=\"a = b\""], "epochs", "a = b");
         check(&["epochs=[1, x,{a: 2}]"], "epochs", "[1, x, {a: 2}]");
         check(&["split=train[:2000]"], "split", "'train[:2000]'");
+        for text in ["# Title", "12 # foo", "&a", "---", "!!int 3", "..."] {
+            check(&[&format!("prompt={text}")], "prompt", &format!("'{text}'"));
+        }
         check(&["prompt=note: use #1 = best"], "prompt", "'note: use #1 = best'");
         check(&["a.b.c=1"], "a", "{b: {c: 1}}");
         check(&["nothing.x=1"], "nothing.x", "1");
@@ -264,8 +292,16 @@ mod tests {
     fn a_text_on_a_component_names_another() {
         check(&["model=other"], "model", "{_component_: other, rank: 8}");
         // What a component that is known has no key for goes; what the command line set stays for `verify` to judge.
-        check(&["model=lora_llama", "model.lora_rank=4"], "model", "{_component_: lora_llama, lora_rank: 4}");
-        check(&["model.x=1", "model=lora_llama"], "model", "{_component_: lora_llama, x: 1}");
+        check(&["data=text_completion_dataset"], "data", "{_component_: text_completion_dataset, source: x, typo: 1}");
+        check(&["data._component_=wikitext_dataset"], "data", "{_component_: wikitext_dataset, source: x, typo: 1}");
+        let kept = "{_component_: chat_dataset, source: x, train_on_input: true, typo: 1}";
+        check(&["data=chat_dataset"], "data", kept);
+        let mapped =
+            "{_component_: instruct_dataset, source: x, train_on_input: true, typo: 1, column_map: {output: b}}";
+        check(&["data=instruct_dataset", "data.column_map.output=b"], "data", mapped);
+        let same = "{_component_: alpaca_dataset, source: x, train_on_input: true, typo: 1, column_map: {input: a}}";
+        check(&["data=alpaca_dataset"], "data", same);
+        check(&["model.x=1", "model=lora_llama"], "model", "{_component_: lora_llama, rank: 8, x: 1}");
         check(&["model=lora_llama", "~model.rank"], "model", "{_component_: lora_llama}");
         check(&["model={_component_: other}"], "model", "{_component_: other}");
         check(&["model=null"], "model", "null");

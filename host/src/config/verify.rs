@@ -71,9 +71,13 @@ impl Verifier<'_> {
         } else if groups.is_empty() {
             format!("`{path}` takes no further keys")
         } else {
-            let honoured: Vec<_> =
-                names().filter(|key| matches!(key.class, Class::Honoured)).map(|key| key.name).collect();
-            format!("keys of `{path}`: {}", honoured.join(", "))
+            let is_of_use = |key: &&Key| matches!(key.class, Class::Honoured);
+            let mut known: Vec<_> = names().filter(is_of_use).map(|key| key.name).collect();
+            if known.is_empty() {
+                known = names().map(|key| key.name).collect();
+            }
+            let of = if path.is_empty() { "the config".to_owned() } else { format!("`{path}`") };
+            format!("keys of {of}: {}", known.join(", "))
         };
         self.fail(error.hint(hint));
     }
@@ -145,8 +149,12 @@ impl Verifier<'_> {
             self.items(items, names, path);
             return false;
         }
-        let error =
-            self.config.error(node.mark, format!("`{path}` must be {}, found {}", key.ty.expected(), node.describe()));
+        let expected = match (key.ty, node.to_value().as_u64()) {
+            // Which goes without saying until somebody exceeds it.
+            (Type::Count { max, .. }, Some(value)) if value > max => format!("at most {max}"),
+            _ => key.ty.expected(),
+        };
+        let error = self.config.error(node.mark, format!("`{path}` must be {expected}, found {}", node.describe()));
         self.fail(error);
         false
     }
@@ -220,6 +228,10 @@ impl Verifier<'_> {
 }
 
 fn there_is(role: Role) -> String {
+    if role == Role::Model {
+        let families = registry::model_families().collect::<Vec<_>>().join(", ");
+        return format!("models are built of {families}; `host keys` lists their names");
+    }
     format!("there is: {}", registry::usable(role).collect::<Vec<_>>().join(", "))
 }
 

@@ -150,8 +150,11 @@ pub fn plain(text: &str) -> Value {
     if text == "None" {
         return Value::Null;
     }
-    // Only short text can be anything else than text, and only a scalar keeps its type.
+    // Only short text of these letters can be anything else than text; `12 # a` and `&a` are not read as YAML would.
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "+-._~".contains(c);
     if text.len() <= 64
+        && text.chars().all(is_plain)
+        && !["---", "..."].contains(&text)
         && let Ok(value @ (Value::Null | Value::Bool(_) | Value::Number(_))) = serde_yaml::from_str(text)
     {
         return value;

@@ -2,12 +2,13 @@
 
 use std::sync::LazyLock;
 
-use super::keys::POSITIVE;
+use super::keys::{LARGEST, POSITIVE};
 use super::{Class, Component, Key, Role, Type, key, optional, refused, required};
 
 const FRACTION: Type = Type::Number { min: 0.0, max: 1.0 };
 const NOT_NEGATIVE: Type = Type::Number { min: 0.0, max: f64::INFINITY };
-const COUNT: Type = Type::Count { min: 0, max: u64::MAX };
+const COUNT: Type = Type::Count { min: 0, max: LARGEST };
+const RANK: Type = Type::Count { min: 1, max: 65_536 };
 const NOT_YET: &str = "not available yet";
 const KERNEL_CHOICE: &str = "the host picks the kernel";
 
@@ -19,7 +20,7 @@ const LORA: &[Key] = &[
     ),
     key("apply_lora_to_mlp", Type::Bool, "False", "Adapters on gate, up and down projections."),
     key("apply_lora_to_output", Type::Bool, "False", "An adapter on the output head."),
-    key("lora_rank", POSITIVE, "8", "Inner size of an adapter."),
+    key("lora_rank", RANK, "8", "Inner size of an adapter."),
     key("lora_alpha", NOT_NEGATIVE, "16", "Scale: alpha divided by rank."),
     key("lora_dropout", FRACTION, "0.0", "Dropout before an adapter."),
     key("use_dora", Type::Bool, "False", "Weight-decomposed adapters.").fixed("DoRA is not available yet"),
@@ -72,6 +73,11 @@ const MODELS: &[(&str, &[&str])] = &[
         ],
     ),
 ];
+
+/// torchtune's names of the families that are built.
+pub fn model_families() -> impl Iterator<Item = &'static str> {
+    MODELS.iter().map(|(family, _)| *family)
+}
 
 /// Every component: the models, and the rest.
 pub static ALL: LazyLock<Vec<Component>> = LazyLock::new(|| models().chain(OTHERS.iter().copied()).collect());

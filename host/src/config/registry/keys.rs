@@ -2,7 +2,9 @@
 
 use super::{Class, Key, Role, Type, key, optional, refused, required};
 
-pub(super) const POSITIVE: Type = Type::Count { min: 1, max: u64::MAX };
+/// Sizes and counts; a product of two of them still fits 64 bits.
+pub const LARGEST: u64 = i32::MAX as u64;
+pub(super) const POSITIVE: Type = Type::Count { min: 1, max: LARGEST };
 const SEED: Type = Type::Count { min: 0, max: u32::MAX as u64 };
 const ANY_NUMBER: Type = Type::Number { min: f64::NEG_INFINITY, max: f64::INFINITY };
 
@@ -21,7 +23,12 @@ pub const LIMITS: &[Key] = &[
     key("memory_mb", POSITIVE, "256", "Memory of the guest, in MiB."),
     key("tensors_mb", POSITIVE, "32768", "Tensors that the guest holds or its gradients may still need, in MiB."),
     key("handles", POSITIVE, "20000", "Tensors and other handles alive at once."),
-    key("operations", POSITIVE, "10000000000", "Steps of a Rhai script since its loop last turned."),
+    key(
+        "operations",
+        Type::Count { min: 1, max: 1 << 53 },
+        "10000000000",
+        "Steps of a Rhai script since its loop last turned.",
+    ),
     key(
         "seconds",
         Type::Number { min: 0.001, max: f64::INFINITY },
@@ -29,6 +36,10 @@ pub const LIMITS: &[Key] = &[
         "Time in the guest since its loop last turned.",
     ),
 ];
+
+/// As torchtune, which raises the text to capitals, and Python's logging take them.
+const LOG_LEVELS: &[&str] =
+    &["DEBUG", "INFO", "WARN", "WARNING", "ERROR", "CRITICAL", "debug", "info", "warn", "warning", "error", "critical"];
 
 const COMPILE_PARTS: &str = "nothing is compiled at run time: the first step is as fast as the last";
 
@@ -63,7 +74,7 @@ pub const TRAIN: &[Key] = &[
     ),
     key("log_every_n_steps", POSITIVE, "1", "Log metrics every this many steps."),
     key("log_peak_memory_stats", Type::Bool, "False", "Log peak device memory with the metrics."),
-    key("log_level", Type::OneOf(&["DEBUG", "INFO", "WARNING", "ERROR"]), "INFO", "How much the log says."),
+    key("log_level", Type::OneOf(LOG_LEVELS), "INFO", "How much the log says."),
     // Ours.
     key(
         "layout",
@@ -97,6 +108,7 @@ pub const TRAIN: &[Key] = &[
     key("enable_async_checkpointing", Type::Bool, "False", "Write checkpoints in the background.")
         .satisfied("the checkpoints are the same"),
     key("fsdp_cpu_offload", Type::Bool, "False", "Keep shards in CPU memory.").satisfied(REPLICATED),
+    optional("fsdp", Type::Any, "v0.2.1: settings of FSDP.").satisfied(REPLICATED),
     key("fsdp_reshard_after_forward", Type::Bool, "True", "Free gathered shards.").satisfied(REPLICATED),
     optional("custom_sharded_layers", Type::Texts, "Layers sharded apart.").satisfied(REPLICATED),
     key("data_parallel_shard_dim", ANY_NUMBER, "-1", "Ranks that share one copy.").satisfied(REPLICATED),

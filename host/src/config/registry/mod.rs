@@ -11,6 +11,7 @@ mod not_yet;
 
 use super::suggest;
 use crate::error::quoted;
+pub use components::model_families;
 pub use not_yet::{NOT_YET, NotYet, not_yet};
 
 /// What a component is for; a section of the config takes one role.
@@ -83,7 +84,7 @@ impl Type {
     pub fn expected(&self) -> String {
         match self {
             Type::Bool => "`True` or `False`".into(),
-            Type::Count { min, max: u64::MAX } => format!("a whole number, at least {min}"),
+            Type::Count { min, max: keys::LARGEST.. } => format!("a whole number, at least {min}"),
             Type::Count { min, max } => format!("a whole number from {min} to {max}"),
             Type::Number { min, max } if max.is_infinite() && min.is_infinite() => "a number".into(),
             Type::Number { min, max } if max.is_infinite() => format!("a number, at least {min}"),
@@ -191,9 +192,15 @@ pub fn component(name: &str) -> Option<&'static Component> {
     components::ALL.iter().find(|component| component.name == name || component.aliases.contains(&name))
 }
 
-/// Returns what somebody who wrote `name` probably meant: a name close to it, else to the end of its path.
+/// Returns what somebody who wrote `name` probably meant: a name close to it, else to the end of its path. A model of a
+/// family that is not built is none of another's.
 pub fn similar(name: &str, role: Role) -> Option<&'static str> {
-    let of_role = || components::ALL.iter().filter(move |component| component.role == role);
+    let family = name.strip_prefix("torchtune.models.").and_then(|path| path.split('.').next());
+    if role == Role::Model && family.is_some_and(|family| !model_families().any(|built| built == family)) {
+        return None;
+    }
+    let is_usable = move |component: &&Component| component.role == role && component.refused.is_none();
+    let of_role = || components::ALL.iter().filter(is_usable);
     let all = of_role().flat_map(|component| std::iter::once(&component.name).chain(component.aliases));
     suggest::nearest(name, all.copied())
         .or_else(|| suggest::nearest(last_segment(name), of_role().map(|component| component.name)))
@@ -301,8 +308,10 @@ pub fn similar_recipe(name: &str) -> Option<&'static str> {
 pub fn similar_config(name: &str) -> Option<&'static str> {
     let name = name.rsplit("configs/").next().unwrap_or(name).trim_end_matches(".yaml");
     let configs = || RECIPES.iter().flat_map(|recipe| recipe.configs).copied();
+    // Not `file_stem`: the names have points in them, as `0.5B`.
+    let last = |name: &'static str| name.rsplit('/').next().unwrap_or(name);
     suggest::nearest(name, configs())
-        .or_else(|| configs().find(|config| suggest::nearest(file_stem(name), [file_stem(config)]).is_some()))
+        .or_else(|| configs().find(|config| suggest::nearest(name, [last(config)]).is_some_and(|_| name.len() > 3)))
 }
 
 /// `name` of `folder/name.extension`.

@@ -22,6 +22,9 @@ const GEMMA: &str = "breadth: the Gemma family";
 const PHI: &str = "breadth: the Phi family";
 const REWARDS: &str = "breadth: training by rewards";
 const MULTIMODAL: &str = "breadth: images";
+const DORA: &str = "breadth: DoRA";
+const EVALUATION: &str = "breadth: evaluation";
+const SHARDED: &str = "distribution: sharded models";
 
 /// Recipes and configs of v0.2.1, and the recipes that came after it.
 pub const NOT_YET: &[NotYet] = &[
@@ -94,15 +97,42 @@ pub const NOT_YET: &[NotYet] = &[
     not_yet_of("dev/early_exit_finetune_distributed", &["llama2/7B_full_early_exit"], FULL),
     not_yet_of("dev/lora_finetune_distributed_multi_dataset", &["dev/11B_lora_multi_dataset"], MULTIMODAL),
     not_yet_of("dev/generate_v2", &["llama3_2_vision/11B_generation_v2"], MULTIMODAL),
-    not_yet_of("dev/generate_v2_distributed", &["llama3/70B_generation_distributed"], "distribution: sharded models"),
-    not_yet_of("eleuther_eval", &["eleuther_evaluation"], "breadth: evaluation"),
+    not_yet_of("dev/generate_v2_distributed", &["llama3/70B_generation_distributed"], SHARDED),
+    not_yet_of("eleuther_eval", &["eleuther_evaluation"], EVALUATION),
     not_yet_of("quantize", &["quantization"], "breadth: quantisation"),
 ];
 
-/// Finds what is not there yet by the name of a recipe, of which nothing is, or of a config.
-pub fn not_yet(name: &str) -> Option<&'static NotYet> {
+/// Parts of the names of v0.6's other configs (`gemma2/9B_full`, `llama3_2/1B_qlora_single_device`), the telling ones first.
+const LATER: &[(&str, &str)] = &[
+    ("vision", MULTIMODAL),
+    ("llama4/", MULTIMODAL),
+    ("dpo", DPO),
+    ("ppo", REWARDS),
+    ("grpo", REWARDS),
+    ("KD_", DISTILLATION),
+    ("qat", QAT),
+    ("evaluation", EVALUATION),
+    ("generation", SHARDED),
+    ("gemma", GEMMA),
+    ("phi", PHI),
+    ("qlora", QLORA),
+    ("dora", DORA),
+    ("_full", FULL),
+];
+
+/// Where on the road something is, by the name of a recipe, of which nothing is there, or of a config.
+pub fn not_yet(name: &str) -> Option<&'static str> {
     let name = name.strip_suffix(".yaml").unwrap_or(name);
-    NOT_YET
-        .iter()
-        .find(|entry| entry.configs.contains(&name) || (entry.recipe == name && super::recipe(entry.recipe).is_none()))
+    let is_named = |entry: &&NotYet| {
+        entry.configs.contains(&name) || (entry.recipe == name && super::recipe(entry.recipe).is_none())
+    };
+    if let Some(entry) = NOT_YET.iter().find(is_named) {
+        return Some(entry.road);
+    }
+    let (folder, file) = name.split_once('/')?;
+    let of_torchtune = ["llama", "code_llama2", "mistral", "gemma", "phi", "qwen", "dev"];
+    if file.contains('/') || !of_torchtune.iter().any(|family| folder.starts_with(family)) {
+        return None;
+    }
+    LATER.iter().find(|(part, _)| name.contains(part)).map(|(_, road)| *road)
 }

@@ -94,19 +94,25 @@ fn source(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Source> {
     let data_files = data_files(section)?;
     let field = section.get::<Option<String>>("field")?;
     let name = match section.component_name() {
-        "wikitext_dataset" => Some(section.get("subset")?),
-        "cnn_dailymail_articles_dataset" => Some("3.0.0".to_owned()),
+        "wikitext_dataset" if section.is_given("subset") => Some(section.get("subset")?),
+        "wikitext_dataset" | "cnn_dailymail_articles_dataset" => None,
         _ => section.get::<Option<String>>("name")?,
     };
     let revision = section.get::<Option<String>>("revision")?;
     let is_hub = is_hub_name(&source) && !around.is_folder(Path::new(&source)) && !around.is_file(Path::new(&source));
     if is_hub {
+        let name = match section.component_name() {
+            "wikitext_dataset" => Some(section.get("subset")?),
+            "cnn_dailymail_articles_dataset" => Some("3.0.0".to_owned()),
+            _ => name,
+        };
         // The format is the files'; until they are known, any.
         let hub = HubDataPlan { repo: source, name, revision, data_files, pinned: None };
         let format = field.map_or(DataFormat::Jsonl, DataFormat::JsonField);
         return Ok(Source { files: vec![], format, hub: Some(hub) });
     }
-    for (key, value) in [("name", name), ("revision", revision)] {
+    let name_key = if section.knows("name") { "name" } else { "subset" };
+    for (key, value) in [(name_key, name), ("revision", revision)] {
         if value.is_some() {
             return Err(section.fail(
                 key,
@@ -152,8 +158,36 @@ fn source(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Source> {
             format!("`{}` is an address, and data is read from files only", file.path.display()),
             "download the file first",
         )),
-        None => Ok(Source { files: data_files, format, hub: None }),
+        None => Ok(Source { files: matching(section, data_files, around)?, format, hub: None }),
     }
+}
+
+/// The files that patterns stand for, as Hugging Face's `data_files` has them; what is a file is no pattern.
+fn matching(section: &Section<'_>, files: Vec<DataFile>, around: &Surroundings<'_>) -> Found<Vec<DataFile>> {
+    let mut found = vec![];
+    for DataFile { split, path } in files {
+        let is_pattern = |part: &Path| part.to_string_lossy().contains(['*', '?', '[', '{']);
+        if !is_pattern(&path) || around.is_file(&path) {
+            found.push(DataFile { split, path });
+            continue;
+        }
+        let fail = |what: String, hint: &str| Err(section.fail("data_files", what, hint));
+        let Some(folder) = path.ancestors().find(|folder| !is_pattern(folder)) else { return Err(Reported) };
+        let below = path.strip_prefix(folder).unwrap_or(&path).to_string_lossy();
+        let Ok(pattern) = globset::GlobBuilder::new(&below).literal_separator(true).build() else {
+            return fail(format!("`{}` is not a pattern of file names", path.display()), "`data_files: rows/*.jsonl`");
+        };
+        let pattern = pattern.compile_matcher();
+        let start = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let mut names = (around.files_below)(start);
+        names.retain(|name| pattern.is_match(name));
+        names.sort_unstable();
+        if names.is_empty() {
+            return fail(format!("no file matches `{}`", path.display()), "`*` is within a folder, `**` goes below it");
+        }
+        found.extend(names.into_iter().map(|name| DataFile { split: split.clone(), path: folder.join(name) }));
+    }
+    Ok(found)
 }
 
 /// `org/name`, of the characters names on the hub have.
@@ -285,24 +319,27 @@ fn rows(section: &Section<'_>, around: &Surroundings<'_>) -> Found<RowsPlan> {
         }
         "alpaca_dataset" | "alpaca_cleaned_dataset" => {
             let guest = parts::guest_ref(section, "_component_", "alpaca", around)?;
-            // Not every instruction has an input.
-            let input = Expected { optional: true, ..Expected::needed("input") };
-            let expected = [Expected::needed("instruction"), input, Expected::needed("output")];
-            let columns = column_map(section, &expected, &[])?;
+            let columns = alpaca_columns(section)?;
             Ok(RowsPlan::Columns { columns, template: Some(TemplatePlan { guest, joined: false }) })
         }
         "samsum_dataset" => instruct(section, None, ["dialogue", "summary"], &[]),
         "instruct_dataset" => {
             let template = parts::template(section, "template", around)?;
             // What v0.2.1's templates called their input, and took where no map named a column.
-            let old = template.as_ref().map(|guest| match guest.path.file_stem().and_then(|stem| stem.to_str()) {
-                Some("summarize") => "dialogue",
-                Some("grammar") => "sentence",
-                Some("question_answer") => "question",
-                _ => "input",
-            });
+            let stem = template.as_ref().and_then(|guest| guest.path.file_stem()).and_then(|stem| stem.to_str());
+            let (input, aliases): (_, &[_]) = match stem {
+                Some("summarize") => ("dialogue", &["dialogue"]),
+                Some("grammar") => ("sentence", &["sentence"]),
+                // Its code took the one, its documentation the other.
+                Some("question_answer") => ("prompt", &["prompt", "question"]),
+                _ => ("input", &[]),
+            };
+            let is_alpaca = stem == Some("alpaca");
             let template = template.map(|guest| TemplatePlan { guest, joined: true });
-            instruct(section, template, [old.unwrap_or("input"), "output"], &Vec::from_iter(old))
+            if is_alpaca {
+                return Ok(RowsPlan::Columns { columns: alpaca_columns(section)?, template });
+            }
+            instruct(section, template, [input, "output"], aliases)
         }
         _ => instruct(section, None, ["input", "output"], &[]),
     }
@@ -313,13 +350,19 @@ fn instruct(
     section: &Section<'_>,
     template: Option<TemplatePlan>,
     [input, output]: [&'static str; 2],
-    aliases: &[&'static str],
+    aliases: &[&str],
 ) -> Found<RowsPlan> {
     let expected = [
         Expected { default: input, ..Expected::needed("input") },
         Expected { default: output, ..Expected::needed("output") },
     ];
     Ok(RowsPlan::Columns { columns: column_map(section, &expected, aliases)?, template })
+}
+
+fn alpaca_columns(section: &Section<'_>) -> Found<Vec<ColumnPlan>> {
+    // Not every instruction has an input.
+    let input = Expected { optional: true, ..Expected::needed("input") };
+    column_map(section, &[Expected::needed("instruction"), input, Expected::needed("output")], &[])
 }
 
 /// v0.2.1's `chat_format`: one string, encoded once.
@@ -342,8 +385,9 @@ impl Expected {
     }
 }
 
-/// Every name or none; torchtune refuses partial maps too. `aliases` are other names of the first.
-fn column_map(section: &Section<'_>, expected: &[Expected], aliases: &[&'static str]) -> Found<Vec<ColumnPlan>> {
+/// Every name that is needed, as torchtune; with a `template` of v0.2.1 those that it leaves out are the columns' own.
+/// `aliases` are other names of the first.
+fn column_map(section: &Section<'_>, expected: &[Expected], aliases: &[&str]) -> Found<Vec<ColumnPlan>> {
     let plan = |expected: &Expected, column: &str| ColumnPlan {
         name: expected.name.to_owned(),
         column: column.to_owned(),
@@ -356,23 +400,37 @@ fn column_map(section: &Section<'_>, expected: &[Expected], aliases: &[&'static 
     let list = |separator: &str| expected.iter().map(|expected| expected.name).collect::<Vec<_>>().join(separator);
     let names = format!("`{}`", list("`, `"));
     let example = format!("`column_map: {{{}: COLUMN}}`", list(": COLUMN, "));
-    let fail = |message: String| Err(section.fail("column_map", message, example.clone()));
+    let config = section.reader.config;
+    let fail = |mark, message: String| Err(section.reader.fail(config.error(mark, message).hint(example.clone())));
     if !node.is_map() {
-        return fail(format!("`{path}` must map {names} to columns, found {}", node.describe()));
+        return fail(node.mark, format!("`{path}` must map {names} to columns, found {}", node.describe()));
     }
     let known = |key: &str| expected.iter().any(|expected| expected.name == key) || aliases.contains(&key);
-    if let Some(entry) = node.entries().iter().find(|entry| !known(&entry.key)) {
-        return fail(format!("`{path}` maps `{}`, and this data set has {names}", entry.key));
+    for entry in node.entries() {
+        if !known(&entry.key) {
+            return fail(entry.key_mark, format!("`{path}` maps `{}`, and this data set has {names}", entry.key));
+        }
+        if entry.value.as_str().is_none() {
+            let what = format!("`{path}.{}` must name a column, found {}", entry.key, entry.value.describe());
+            return fail(entry.value.mark, what);
+        }
     }
-    let column = |name: &str| node.child(name).and_then(Node::as_str);
+    let is_old = section.knows("template") && section.node("template")?.is_some();
     let mut map = vec![];
     for (index, expected) in expected.iter().enumerate() {
-        let alias = || aliases.iter().filter(|_| index == 0).find_map(|alias| column(alias));
-        match column(expected.name).or_else(alias) {
-            Some(column) => map.push(plan(expected, column)),
-            None if expected.optional => {}
-            None => return fail(format!("`{path}` must give a column for `{}`", expected.name)),
-        }
+        let own = node.entry(expected.name);
+        let other = aliases.iter().filter(|_| index == 0).find_map(|alias| node.entry(alias));
+        let column = match (own, other) {
+            (Some(own), Some(other)) => {
+                let what = format!("`{path}` gives `{}` twice, also as `{}`", own.key, other.key);
+                let hint = format!("delete one of them: `~{path}.{}`", own.key);
+                return Err(section.reader.fail(config.error(other.key_mark, what).hint(hint)));
+            }
+            (Some(entry), None) | (None, Some(entry)) => entry.value.as_str().unwrap_or_default(),
+            (None, None) if expected.optional || is_old => expected.default,
+            (None, None) => return fail(node.mark, format!("`{path}` must give a column for `{}`", expected.name)),
+        };
+        map.push(plan(expected, column));
     }
     Ok(map)
 }

@@ -4,7 +4,7 @@ use super::super::Config;
 use super::super::plan::{GeneratePlan, PromptPlan};
 use super::super::registry::keys::GENERATE;
 use super::super::section::{Found, Reader, Reported, Section};
-use super::super::yaml::{Node, Tree};
+use super::super::yaml::{Mark, Node, Tree};
 use super::{Resolved, Surroundings, parts, resolve};
 use crate::error::Result;
 
@@ -41,14 +41,12 @@ pub(super) fn build(reader: &Reader<'_>, around: &Surroundings<'_>) -> Found<Gen
 }
 
 fn prompt(root: &Section<'_>) -> Found<PromptPlan> {
-    let fail = |found: String| {
-        root.fail(
-            "prompt",
-            format!("`prompt` must be a text, or `user` with perhaps `system`, found {found}"),
-            "`prompt: {user: \"…\"}` goes through the tokenizer's prompt template, a text is taken as it is",
-        )
-    };
     let config = root.reader.config;
+    let fail_at = |mark: Mark, found: String| {
+        let what = format!("`prompt` must be a text, or `user` with perhaps `system`, found {found}");
+        let hint = "`prompt: {user: \"…\"}` goes through the tokenizer's prompt template, a text is taken as it is";
+        root.reader.fail(config.error(mark, what).hint(hint))
+    };
     let empty = |key: &str, node: &Node| {
         let error = config.error(node.mark, format!("`{key}` is empty, so there is nothing to continue"));
         root.reader.fail(error.hint(format!("`{key}='Some text'`")))
@@ -62,24 +60,24 @@ fn prompt(root: &Section<'_>) -> Found<PromptPlan> {
         return Ok(PromptPlan::Text(text.to_owned()));
     }
     if let Tree::Scalar(_) | Tree::List(_) | Tree::Broken = node.tree {
-        return Err(fail(node.describe()));
+        return Err(fail_at(node.mark, node.describe()));
     }
     if let Some(entry) = node.entries().iter().find(|entry| !["system", "user"].contains(&entry.key.as_str())) {
-        return Err(fail(format!("the key `{}`", entry.key)));
+        return Err(fail_at(entry.key_mark, format!("the key `{}`", entry.key)));
     }
     if let Some(user) = node.child("user").filter(|user| is_blank(user)) {
         return Err(empty("prompt.user", user));
     }
     let text = |name: &str| match node.child(name) {
         Some(value) if !value.is_null() => {
-            value.as_str().map(str::to_owned).map(Some).ok_or_else(|| describe(name, value))
+            value.as_str().map(str::to_owned).map(Some).ok_or_else(|| (value.mark, describe(name, value)))
         }
         _ => Ok(None),
     };
     match (text("system"), text("user")) {
         (Ok(system), Ok(Some(user))) => Ok(PromptPlan::Messages { system, user }),
-        (Ok(_), Ok(None)) => Err(fail("no `user`".into())),
-        (Err(found), _) | (_, Err(found)) => Err(fail(found)),
+        (Ok(_), Ok(None)) => Err(fail_at(node.mark, "no `user`".into())),
+        (Err((mark, found)), _) | (_, Err((mark, found))) => Err(fail_at(mark, found)),
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde_yaml::Value;
 
+use super::super::Config;
 use super::super::plan::{
     DevicePlan, Dtype, GuestLimits, GuestRef, LoraPlan, MessageFormat, ModelPlan, TokenizerPlan, Truncation, TurnTexts,
 };
@@ -126,7 +127,8 @@ fn lora(section: &Section<'_>) -> Found<Option<LoraPlan>> {
         dropout: section.get("lora_dropout")?,
         targets,
     };
-    if plan.dropout >= 1.0 {
+    // More is refused by its type.
+    if plan.dropout == 1.0 {
         return Err(section.fail(
             "lora_dropout",
             "`lora_dropout` of 1 leaves nothing of the adapter's input",
@@ -149,6 +151,8 @@ pub fn tokenizer(root: &Section<'_>, around: &Surroundings<'_>) -> Found<Tokeniz
         "HuggingFaceModelTokenizer" => (MessageFormat::ChatTemplate, None),
         _ => (MessageFormat::Plain, None),
     };
+    // v0.2.1 had its templates on the data set, and none here.
+    let own = own.filter(|_| !names_old_template(root.reader.config));
     let (turn_texts, prompt_template) = match turn_texts(&section, format) {
         Ok(Some(texts)) => (Ok(texts), Ok(None)),
         Ok(None) if section.is_given("prompt_template") => (Ok(vec![]), template(&section, "prompt_template", around)),
@@ -179,6 +183,13 @@ pub fn tokenizer(root: &Section<'_>, around: &Surroundings<'_>) -> Found<Tokeniz
         prompt_template: prompt_template?,
         turn_texts: turn_texts?,
     })
+}
+
+/// Whether a data set has the template of v0.2.1, which stands alone.
+fn names_old_template(config: &Config) -> bool {
+    let sections = ["dataset", "dataset_val"].into_iter().flat_map(|key| config.sections(key));
+    let mut keys = sections.flat_map(|section| ["template", "chat_format"].map(|key| format!("{section}.{key}")));
+    keys.any(|key| config.root.at(&key).is_some_and(|node| !node.is_null()))
 }
 
 /// A `prompt_template` that is texts and no guest: `{role: [before, after]}`.

@@ -141,7 +141,11 @@ fn values_land_where_they_belong() {
     assert_eq!(plan(&["resume_from=a/step_3"]).checkpoint.resume_from.as_deref(), Some(Path::new("a/step_3")));
     assert!(plan(&["resume_from=a/step_3"]).checkpoint.resume);
     assert!(plan(&["compat=torchtune"]).compat_torchtune);
-    assert!(plan(&["model=llama"]).model.lora.is_none(), "the adapters' keys go with them");
+    for (level, expected) in [("WARNING", "WARN"), ("info", "INFO"), ("CRITICAL", "ERROR")] {
+        assert_eq!(plan(&[&format!("log_level={level}")]).metrics.log_level, expected);
+    }
+    // The adapters' keys go with them.
+    check_mistake(&["model=llama2_7b"], "`llama2_7b` has no adapters, so nothing would be trained");
 }
 
 /// Both forms of the reference job, word for word, and its generation.
@@ -204,6 +208,16 @@ fn the_old_dataset_section_resolves() {
     assert_eq!(columns(&found), [("input", "document"), ("output", "summary")]);
     let plain: Vec<&str> = old.iter().copied().chain(["~dataset.column_map"]).collect();
     assert_eq!(columns(&dataset(&plain))[0], ("input", "dialogue"));
+    let partly: Vec<&str> = plain.iter().copied().chain(["dataset.column_map.output=summary"]).collect();
+    assert_eq!(columns(&dataset(&partly)), [("input", "dialogue"), ("output", "summary")]);
+    let twice: Vec<&str> = old.iter().copied().chain(["dataset.column_map.input=document"]).collect();
+    check_mistake(&twice, "`dataset.column_map` gives `input` twice, also as `dialogue`");
+    // Alpaca's has columns of its own, of which one need not be there.
+    let alpaca = [&plain[..], &["dataset.template=torchtune.data.AlpacaInstructTemplate"]].concat();
+    assert_eq!(columns(&dataset(&alpaca)), [("instruction", "instruction"), ("input", "input"), ("output", "output")]);
+    // It stands alone, also where the tokenizer has one of its family.
+    let llama2 = "tokenizer={_component_: torchtune.models.llama2.llama2_tokenizer, path: a/tokenizer.model}";
+    assert_eq!(plan(&[&old[1..], &[llama2]].concat()).tokenizer.prompt_template, None);
     check_mistake(&["dataset.max_seq_len=99"], "`dataset.max_seq_len` is 99, and another is 512");
     check_mistake(&["dataset.column_map.dialogue=document"], "maps `dialogue`");
 }
@@ -213,6 +227,9 @@ fn alpaca_brings_its_template_and_source() {
     let alpaca = ["dataset=torchtune.datasets.alpaca_dataset", "dataset.source=.demo/data", "~dataset.train_on_input"];
     let found = dataset(&[&alpaca[..], &["~dataset.column_map", "~dataset_val", "~run_val_every_n_steps"]].concat());
     assert!(found.train_on_input, "torchtune's default");
+    let partial = ["~dataset_val", "~run_val_every_n_steps", "dataset.column_map={instruction: a, output: b}"];
+    let partial = dataset(&[&alpaca[..], &partial].concat());
+    assert_eq!(columns(&partial), [("instruction", "a"), ("input", "input"), ("output", "b")]);
     let RowsPlan::Columns { columns, template } = found.rows else { panic!("{:?}", found.rows) };
     let names: Vec<_> = columns.iter().map(|column| (column.name.as_str(), column.optional)).collect();
     assert_eq!(names, [("instruction", false), ("input", true), ("output", false)]);
@@ -377,6 +394,9 @@ fn data_files_come_in_three_forms() {
     assert_eq!(files("a.jsonl"), "train:a.jsonl");
     assert_eq!(files("[a.jsonl, b.jsonl]"), "train:a.jsonl train:b.jsonl");
     assert_eq!(files("{train: a.jsonl, test: [b.jsonl, c.jsonl]}"), "train:a.jsonl test:b.jsonl test:c.jsonl");
+    assert_eq!(files(".demo/data/tr*.jsonl"), "train:.demo/data/train.jsonl");
+    assert_eq!(files("{train: '.demo/**/*.jsonl'}"), "train:.demo/data/train.jsonl train:.demo/data/validation.jsonl");
+    check_mistake(&["dataset.source=json", "dataset.data_files=.demo/*.jsonl"], "no file matches `.demo/*.jsonl`");
     check_mistake(&["dataset.source=json"], "needs `dataset.data_files`");
     check_mistake(&["dataset.source=json", "dataset.data_files=3"], "found the number `3`");
     check_mistake(&["dataset.source=json", "dataset.data_files=https://x/y.jsonl"], "is an address");
@@ -507,6 +527,8 @@ fn the_models_folder_is_never_an_output() {
     );
     assert!(notices(&[model, "checkpointer.output_dir=model2"]).is_empty());
     check_mistake(&[model, "output_dir=model/out"], "never written to");
+    check_mistake(&[model, "metric_logger.log_dir=model"], "`metric_logger.log_dir` is the model's folder");
+    check_mistake(&["metric_logger.filename=../config.json"], "is the name of a file in `log_dir`");
 }
 
 #[test]
@@ -527,7 +549,8 @@ fn keys_that_need_each_other() {
     check_mistake(&["optimizer.betas=[0.9]"], "must be two numbers");
     check_mistake(&["clip_grad_norm=-1"], "must be a number above 0");
     check_mistake(&["model.lora_dropout=1.0"], "leaves nothing");
-    check_mistake(&["seed=4294967296"], "a whole number from 0 to 4294967295");
+    check_mistake(&["batch_size=2305843009213693952"], "`batch_size` must be at most 2147483647, found the number");
+    check_mistake(&["seed=4294967296"], "must be at most 4294967295");
     check_mistake(&["checkpointer.checkpoint_files=[a.gguf]"], "is neither safetensors nor");
 }
 

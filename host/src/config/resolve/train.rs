@@ -39,7 +39,7 @@ pub(super) fn build(
     let schedule = schedule(&root);
     let loss = loss(&root);
     let clip_grad_norm = clip_grad_norm(&root);
-    let metrics = metrics(&root);
+    let metrics = metrics(&root, around);
     let checkpoint = checkpoint(&root, around, notices);
     // Known so that a section that is switched off is fine; its only key that counts is fixed.
     let profiler =
@@ -50,22 +50,24 @@ pub(super) fn build(
     let seed = parts::seed(&root, around);
     let sizes = sizes(&root);
 
+    old_lengths(&root, notices);
     let max_seq_len = max_seq_len(&root, tokenizer.as_ref().ok().and_then(|tokenizer| tokenizer.max_seq_len));
     let datasets = datasets(&root, max_seq_len.unwrap_or_default(), around, notices);
 
     profiler?;
     let [dataset, dataset_val] = datasets?;
     let (model, mut tokenizer) = (model?, tokenizer?);
+    if model.lora.is_none() {
+        let name = root.component("model")?.component_name();
+        return Err(root.fail(
+            "model",
+            format!("`{name}` has no adapters, so nothing would be trained"),
+            format!("take `lora_{name}`; full fine-tuning is not built yet"),
+        ));
+    }
     tokenizer.max_seq_len = max_seq_len?;
     let batch_size = root.get::<usize>("batch_size")?;
     let checkpoint = checkpoint?;
-    if checkpoint.adapter_only && model.lora.is_none() {
-        return Err(root.fail(
-            "save_adapter_weights_only",
-            "`save_adapter_weights_only` needs a model with adapters",
-            "take a `lora_` model, or set it to False",
-        ));
-    }
     let tokens_per_microbatch = match root.get::<Option<usize>>("tokens_per_microbatch")? {
         Some(tokens) => tokens,
         None => tokenizer.max_seq_len.map_or(DEFAULT_TOKENS_PER_MICROBATCH, |length| length.saturating_mul(batch_size)),
@@ -101,6 +103,30 @@ pub(super) fn build(
         compat_torchtune: root.get::<Option<String>>("compat")?.is_some(),
         limits: limits?,
     })
+}
+
+/// v0.2.1 cut the samples of some data sets at a length of their own, where a config says nothing of one.
+fn old_lengths(root: &Section<'_>, notices: &mut Vec<Notice>) {
+    let config = root.reader.config;
+    if config.has("tokenizer.max_seq_len") {
+        return;
+    }
+    for section in root.components("dataset").into_iter().flatten() {
+        let length = match section.component_name() {
+            "alpaca_dataset" | "alpaca_cleaned_dataset" => 512,
+            "slimorca_dataset" => 1024,
+            _ => continue,
+        };
+        if !section.is_given("max_seq_len") {
+            notices.push(Notice {
+                message: format!(
+                    "`{}` cuts no sample, as torchtune 0.6; v0.2.1 cut at {length} tokens: set `tokenizer.max_seq_len={length}` for that",
+                    section.component_name()
+                ),
+                location: config.locate(&section.path("_component_")),
+            });
+        }
+    }
 }
 
 /// v0.2.1 has the length on the data set. Both may say it, when they say the same.
@@ -254,7 +280,7 @@ fn clip_grad_norm(root: &Section<'_>) -> Found<Option<ClipPlan>> {
     }
 }
 
-fn metrics(root: &Section<'_>) -> Found<MetricsPlan> {
+fn metrics(root: &Section<'_>, around: &Surroundings<'_>) -> Found<MetricsPlan> {
     let default_dir = root.get::<PathBuf>("output_dir").map(|dir| dir.join("logs"));
     let sink = match root.optional_component("metric_logger")? {
         None => MetricSink::Disk { log_dir: default_dir?, format: DiskFormat::Txt, filename: None },
@@ -264,12 +290,26 @@ fn metrics(root: &Section<'_>) -> Found<MetricsPlan> {
                 Some(log_dir) => log_dir,
                 None => default_dir?,
             };
+            let input_dir = root.component("checkpointer")?.get::<PathBuf>("checkpoint_dir")?;
+            if around.is_within(&log_dir, &input_dir) {
+                let what = format!(
+                    "`{}` is the model's folder `{}` or inside it, which is never written to",
+                    section.path("log_dir"),
+                    input_dir.display()
+                );
+                return Err(section.fail("log_dir", what, "`log_dir: ${output_dir}/logs`"));
+            }
             if section.component_name() == "TensorBoardLogger" {
                 MetricSink::TensorBoard { log_dir, organize_logs: section.get("organize_logs")? }
             } else {
                 let is_jsonl = section.get::<String>("output_fmt")? == "jsonl";
                 let format = if is_jsonl { DiskFormat::Jsonl } else { DiskFormat::Txt };
-                MetricSink::Disk { log_dir, format, filename: section.get("filename")? }
+                let filename = section.get::<Option<String>>("filename")?;
+                if filename.as_ref().is_some_and(|name| name.contains('/') || name == "..") {
+                    let what = format!("`{}` is the name of a file in `log_dir`", section.path("filename"));
+                    return Err(section.fail("filename", what, "`filename: log.jsonl`"));
+                }
+                MetricSink::Disk { log_dir, format, filename }
             }
         }
     };
@@ -277,7 +317,12 @@ fn metrics(root: &Section<'_>) -> Found<MetricsPlan> {
         sink,
         log_every_n_steps: root.get("log_every_n_steps")?,
         log_peak_memory_stats: root.get("log_peak_memory_stats")?,
-        log_level: root.get("log_level")?,
+        // As `tracing` calls them.
+        log_level: match root.get::<String>("log_level")?.to_uppercase().as_str() {
+            "WARNING" => "WARN".to_owned(),
+            "CRITICAL" => "ERROR".to_owned(),
+            level => level.to_owned(),
+        },
     })
 }
 
