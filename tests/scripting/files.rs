@@ -119,7 +119,7 @@ fn a_recipe_for_a_template() {
 #[test]
 fn other_sdk() {
     insta::assert_snapshot!(load_error(&guest("target/guests/other_sdk.wasm")), @r#"
-    error: recipe wants host:sdk 0.0.1, this host offers 0.0.2
+    error: recipe wants host:sdk 0.0.1, this host offers 0.0.3
       --> target/guests/other_sdk.wasm
     hint: build the recipe with the `host-sdk` of this host, or take the host it was built for
     "#);
@@ -149,7 +149,7 @@ fn template_with_settings() {
     let Err(error) = open_template(&guest, &GuestLimits::default()) else { panic!("settings are refused") };
     insta::assert_snapshot!(error, @r#"
     error: the template `templates/summarize.wasm` was given `language`
-    cause: templates of host:sdk 0.0.2 take no settings
+    cause: templates of host:sdk 0.0.3 take no settings
     hint: remove `language`
     "#);
 }

@@ -67,6 +67,10 @@ fn waves(len: i64, pitch: f64) -> Tensor {
 }
 
 impl Training for Linear {
+    fn device(&self) -> tch::Device {
+        tch::Device::Cpu
+    }
+
     fn next_step(&mut self) -> host::Result<bool> {
         if self.step == STEPS || self.stop.is_set() {
             return Ok(false);

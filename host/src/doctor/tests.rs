@@ -18,7 +18,7 @@ fn healthy() -> Facts {
         }),
         probe: Ok(Probe {
             version: Some("0.1.0".into()),
-            sdk_version: Some("0.0.2".into()),
+            sdk_version: Some("0.0.3".into()),
             libtorch_version: "2.11.0".into(),
             cpu_capability: "AVX512".into(),
             threads: 64,
@@ -52,7 +52,7 @@ fn a_healthy_machine_is_described_without_findings() {
     insta::assert_snapshot!(healthy(), @r"
     host       0.1.0, /opt/host/host
     host-rank  0.1.0, /opt/host/host-rank
-    guests     host:sdk 0.0.2
+    guests     host:sdk 0.0.3
     libtorch   2.11.0+rocm7.0 (from `LIBTORCH`), /opt/torch/lib
     back ends  cpu, rocm
     processor  EPYC, 64 cores, 128 threads, avx2 avx512f avx512_bf16

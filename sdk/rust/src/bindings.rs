@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 wit_bindgen::generate!({
-    path: "../wit/0.0.2",
+    path: "../wit/0.0.3",
     world: "recipe",
     export_macro_name: "export_recipe",
     default_bindings_module: "host_sdk::bindings",
@@ -12,9 +12,9 @@ wit_bindgen::generate!({
 /// The world of templates.
 pub mod template {
     wit_bindgen::generate!({
-        path: "../wit/0.0.2",
+        path: "../wit/0.0.3",
         world: "template",
-        with: { "host:sdk/types@0.0.2": crate::bindings::host::sdk::types },
+        with: { "host:sdk/types@0.0.3": crate::bindings::host::sdk::types },
         export_macro_name: "export_template",
         default_bindings_module: "host_sdk::bindings::template",
         pub_export_macro: true,

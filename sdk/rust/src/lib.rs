@@ -39,7 +39,7 @@ mod ops;
 mod recipe;
 mod template;
 
-pub use bindings::host::sdk::tensors::Tensor;
+pub use bindings::host::sdk::tensors::{Tensor, arange, from_numbers, full};
 pub use bindings::host::sdk::training::{Batch, Model, Run, Step, WeightedLoss, open};
 pub use bindings::host::sdk::types::{Code, Error as CallError, Value, log};
 pub use error::{Error, Result};

@@ -23,7 +23,7 @@ use super::training::{BatchInfo, Training};
 /// The traits and types that WIT defines, as Rust.
 pub mod wit {
     wasmtime::component::bindgen!({
-        path: "../../sdk/wit/0.0.2",
+        path: "../../sdk/wit/0.0.3",
         world: "recipe",
         imports: { default: trappable },
         trappable_error_type: { "host:sdk/types.error" => crate::script::api::HostError },
@@ -218,7 +218,7 @@ impl HostState {
         self.in_training(|training| training.next_batch())
     }
 
-    fn training(&mut self) -> HostResult<&mut dyn Training> {
+    pub(super) fn training(&mut self) -> HostResult<&mut dyn Training> {
         match self.training.as_deref_mut() {
             Some(training) => Ok(training),
             None => Err(host::Error::bug("a guest without a run asked for training").into()),
@@ -286,8 +286,6 @@ impl types::Host for HostState {
         }
     }
 }
-
-impl tensors::Host for HostState {}
 
 impl training::Host for HostState {
     fn open(&mut self) -> HostResult<Resource<Run>> {

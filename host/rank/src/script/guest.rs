@@ -11,7 +11,7 @@ use host::{Error, Result};
 use wasmparser::{ComponentTypeRef, Encoding, Parser, Payload};
 
 /// The SDK this host offers.
-pub const SDK_VERSION: &str = "0.0.2";
+pub const SDK_VERSION: &str = "0.0.3";
 
 /// The largest component; compiling is not bounded otherwise.
 const MAX_COMPONENT_BYTES: u64 = 10 << 20;

@@ -115,6 +115,21 @@ fn terminated() -> Box<EvalAltResult> {
     EvalAltResult::ErrorTerminated(Dynamic::UNIT, Position::NONE).into()
 }
 
+/// A list of integers that a script hands over.
+pub fn integers(name: &str, list: Array) -> HostResult<Vec<i64>> {
+    list.into_iter().map(|item| item.as_int().map_err(|found| wrong_item(name, "integers", found))).collect()
+}
+
+/// A list of numbers that a script hands over, integers among them.
+pub fn floats(name: &str, list: Array) -> HostResult<Vec<f64>> {
+    let float = |item: Dynamic| item.as_float().or_else(|_| item.as_int().map(|int| int as f64));
+    list.into_iter().map(|item| float(item).map_err(|found| wrong_item(name, "numbers", found))).collect()
+}
+
+fn wrong_item(name: &str, wanted: &str, found: &str) -> HostError {
+    HostError::guest(types::Code::Invalid, format!("`{name}` takes a list of {wanted}, and one item is a {found}"))
+}
+
 /// Gives an error of `host::name(…)` the place of the call, which Rhai only does for methods.
 pub fn placed<T>(context: &NativeCallContext, result: RhaiResult<T>) -> RhaiResult<T> {
     result.map_err(|mut error| {

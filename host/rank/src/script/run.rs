@@ -20,6 +20,10 @@ impl Training for Run {
         Run::labels(self, batch)
     }
 
+    fn device(&self) -> tch::Device {
+        Run::device(self)
+    }
+
     fn loss(&mut self, batch: u64) -> Result<(Tensor, f64)> {
         Run::loss(self, batch)
     }

@@ -22,10 +22,10 @@ use super::{log, rhai_generated};
 
 mod wit {
     wasmtime::component::bindgen!({
-        path: "../../sdk/wit/0.0.2",
+        path: "../../sdk/wit/0.0.3",
         world: "template",
         imports: { default: trappable },
-        with: { "host:sdk/types@0.0.2": crate::script::api::types },
+        with: { "host:sdk/types@0.0.3": crate::script::api::types },
     });
 }
 

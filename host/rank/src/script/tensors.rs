@@ -5,13 +5,16 @@
 
 use std::time::Instant;
 
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 use wasmtime::component::Resource;
 
 use super::api::{HostError, HostResult, HostState, tensors, types, unknown_handle};
 
 /// The most elements a tensor made by a guest may have: 8 GiB of 32-bit floats.
 const MAX_ELEMENTS: i64 = 1 << 31;
+
+/// The most numbers that cross the boundary in one call.
+const MAX_NUMBERS: usize = 65_536;
 
 /// As in PyTorch, whose operations need not take more.
 const MAX_DIMS: usize = 64;
@@ -73,6 +76,18 @@ impl HostState {
         }
     }
 
+    /// A tensor of no other, on the model's device.
+    fn create(
+        &mut self,
+        name: &str,
+        make: impl FnOnce(Device) -> Result<Tensor, TchError>,
+    ) -> HostResult<Resource<TensorSlot>> {
+        let entered = Instant::now();
+        let made = make(self.training()?.device()).map_err(|error| torch_error(name, &[], error))?;
+        self.clock.leave_host(entered);
+        self.keep(made)
+    }
+
     fn unary(
         &mut self,
         name: &str,
@@ -115,6 +130,41 @@ impl HostState {
     }
 }
 
+/// Methods whose result has a shape that is no larger than their tensor's.
+macro_rules! unary {
+    ($($name:ident: $op:expr,)*) => {$(
+        fn $name(&mut self, x: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
+            self.unary(stringify!($name), x, $op)
+        }
+    )*};
+}
+
+macro_rules! with_scalar {
+    ($($name:ident: $op:expr,)*) => {$(
+        fn $name(&mut self, x: Resource<TensorSlot>, value: f64) -> HostResult<Resource<TensorSlot>> {
+            let op: fn(&Tensor, f64) -> Result<Tensor, TchError> = $op;
+            self.unary(stringify!($name), x, |x| op(x, value))
+        }
+    )*};
+}
+
+macro_rules! along {
+    ($($name:ident: $op:expr,)*) => {$(
+        fn $name(&mut self, x: Resource<TensorSlot>, dim: i64) -> HostResult<Resource<TensorSlot>> {
+            let op: fn(&Tensor, i64) -> Result<Tensor, TchError> = $op;
+            self.along(stringify!($name), x, dim, |x| op(x, dim))
+        }
+    )*};
+}
+
+macro_rules! broadcasting {
+    ($($name:ident: $op:expr,)*) => {$(
+        fn $name(&mut self, x: Resource<TensorSlot>, y: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
+            self.binary(stringify!($name), x, y, broadcast, $op)
+        }
+    )*};
+}
+
 impl tensors::HostTensor for HostState {
     fn shape(&mut self, x: Resource<TensorSlot>) -> wasmtime::Result<Vec<i64>> {
         match self.tensors.get(&x) {
@@ -124,64 +174,78 @@ impl tensors::HostTensor for HostState {
         }
     }
 
-    fn add(&mut self, x: Resource<TensorSlot>, y: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.binary("add", x, y, broadcast, |x, y| x.f_add(y))
+    unary! {
+        neg: |x| x.f_neg(),
+        abs: |x| x.f_abs(),
+        sign: |x| x.f_sign(),
+        sqrt: |x| x.f_sqrt(),
+        reciprocal: |x| x.f_reciprocal(),
+        exp: |x| x.f_exp(),
+        expm1: |x| x.f_expm1(),
+        log: |x| x.f_log(),
+        log1p: |x| x.f_log1p(),
+        relu: |x| x.f_relu(),
+        sigmoid: |x| x.f_sigmoid(),
+        log_sigmoid: |x| x.f_log_sigmoid(),
+        softplus: |x| x.f_softplus(),
+        tanh: |x| x.f_tanh(),
+        sum: |x| x.f_sum(None::<Kind>),
+        mean: |x| x.f_mean(None::<Kind>),
+        max: |x| x.f_max(),
+        min: |x| x.f_min(),
+        flatten: |x| x.f_flatten(0, -1),
+        logical_not: |x| x.f_logical_not(),
+        to_float: |x| x.f_to_kind(Kind::Float),
+        to_int: |x| x.f_to_kind(Kind::Int64),
+        to_bool: |x| x.f_to_kind(Kind::Bool),
+        detach: |x| x.f_detach(),
     }
 
-    fn sub(&mut self, x: Resource<TensorSlot>, y: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.binary("sub", x, y, broadcast, |x, y| x.f_sub(y))
+    with_scalar! {
+        add_scalar: |x, value| x.f_add_scalar(value),
+        mul_scalar: |x, value| x.f_mul_scalar(value),
+        pow_scalar: |x, value| x.f_pow_tensor_scalar(value),
+        eq_scalar: |x, value| x.f_eq(value),
+        lt_scalar: |x, value| x.f_lt(value),
+        gt_scalar: |x, value| x.f_gt(value),
     }
 
-    fn mul(&mut self, x: Resource<TensorSlot>, y: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.binary("mul", x, y, broadcast, |x, y| x.f_mul(y))
+    along! {
+        softmax: |x, dim| x.f_softmax(dim, None::<Kind>),
+        log_softmax: |x, dim| x.f_log_softmax(dim, None::<Kind>),
+        logsumexp: |x, dim| x.f_logsumexp(dim, false),
+        sum_dim: |x, dim| x.f_sum_dim_intlist(dim, false, None::<Kind>),
+        mean_dim: |x, dim| x.f_mean_dim(dim, false, None::<Kind>),
+        max_dim: |x, dim| x.f_amax(dim, false),
+        min_dim: |x, dim| x.f_amin(dim, false),
+        argmax: |x, dim| x.f_argmax(dim, false),
+        cumsum: |x, dim| x.f_cumsum(dim, None::<Kind>),
     }
 
-    fn div(&mut self, x: Resource<TensorSlot>, y: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.binary("div", x, y, broadcast, |x, y| x.f_div(y))
+    broadcasting! {
+        add: |x, y| x.f_add(y),
+        sub: |x, y| x.f_sub(y),
+        mul: |x, y| x.f_mul(y),
+        div: |x, y| x.f_div(y),
+        minimum: |x, y| x.f_minimum(y),
+        maximum: |x, y| x.f_maximum(y),
+        eq: |x, y| x.f_eq_tensor(y),
+        ne: |x, y| x.f_ne_tensor(y),
+        lt: |x, y| x.f_lt_tensor(y),
+        le: |x, y| x.f_le_tensor(y),
+        gt: |x, y| x.f_gt_tensor(y),
+        ge: |x, y| x.f_ge_tensor(y),
+        logical_and: |x, y| x.f_logical_and(y),
+        logical_or: |x, y| x.f_logical_or(y),
     }
 
-    fn add_scalar(&mut self, x: Resource<TensorSlot>, value: f64) -> HostResult<Resource<TensorSlot>> {
-        self.unary("add_scalar", x, |x| x.f_add_scalar(value))
-    }
-
-    fn mul_scalar(&mut self, x: Resource<TensorSlot>, value: f64) -> HostResult<Resource<TensorSlot>> {
-        self.unary("mul_scalar", x, |x| x.f_mul_scalar(value))
-    }
-
-    fn neg(&mut self, x: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.unary("neg", x, |x| x.f_neg())
-    }
-
-    fn exp(&mut self, x: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.unary("exp", x, |x| x.f_exp())
-    }
-
-    fn log(&mut self, x: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.unary("log", x, |x| x.f_log())
-    }
-
-    fn log_sigmoid(&mut self, x: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.unary("log_sigmoid", x, |x| x.f_log_sigmoid())
-    }
-
-    fn log_softmax(&mut self, x: Resource<TensorSlot>, dim: i64) -> HostResult<Resource<TensorSlot>> {
-        self.along("log_softmax", x, dim, |x| x.f_log_softmax(dim, None::<Kind>))
-    }
-
-    fn logsumexp(&mut self, x: Resource<TensorSlot>, dim: i64) -> HostResult<Resource<TensorSlot>> {
-        self.along("logsumexp", x, dim, |x| x.f_logsumexp(dim, false))
-    }
-
-    fn sum(&mut self, x: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.unary("sum", x, |x| x.f_sum(None::<Kind>))
-    }
-
-    fn mean(&mut self, x: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.unary("mean", x, |x| x.f_mean(None::<Kind>))
-    }
-
-    fn sum_dim(&mut self, x: Resource<TensorSlot>, dim: i64) -> HostResult<Resource<TensorSlot>> {
-        self.along("sum_dim", x, dim, |x| x.f_sum_dim_intlist(dim, false, None::<Kind>))
+    fn clamp(&mut self, x: Resource<TensorSlot>, min: f64, max: f64) -> HostResult<Resource<TensorSlot>> {
+        if !(min <= max) {
+            let message =
+                format!("`clamp` takes two numbers of which the first is not the larger, not {min} and {max}");
+            return Err(HostError::guest(types::Code::Invalid, message));
+        }
+        self.unary("clamp", x, |x| x.f_clamp(min, max))
     }
 
     fn gather(
@@ -195,15 +259,138 @@ impl tensors::HostTensor for HostState {
         self.binary("gather", x, index, |_, _, index| Ok(index.to_vec()), |x, index| x.f_gather(dim, index, false))
     }
 
+    fn index_select(
+        &mut self,
+        x: Resource<TensorSlot>,
+        dim: i64,
+        index: Resource<TensorSlot>,
+    ) -> HostResult<Resource<TensorSlot>> {
+        let (source, indices) = (self.tensor(&x)?, self.tensor(&index)?);
+        let mut shape = source.size();
+        let at = check_dim("index_select", dim, &shape)?;
+        if indices.dim() != 1 {
+            let message = format!("`index_select` takes a list of indices, not a tensor of shape {:?}", indices.size());
+            return Err(HostError::guest(types::Code::Shape, message).hint("`flatten()` makes a list of it"));
+        }
+        check_index("index_select", indices, shape[at])?;
+        shape[at] = indices.size()[0];
+        self.binary("index_select", x, index, |_, _, _| Ok(shape), |x, index| x.f_index_select(dim, index))
+    }
+
+    fn select(&mut self, x: Resource<TensorSlot>, dim: i64, index: i64) -> HostResult<Resource<TensorSlot>> {
+        let shape = self.tensor(&x)?.size();
+        let size = shape[check_dim("select", dim, &shape)?];
+        if !(-size..size).contains(&index) {
+            let message = format!("`select`: index {index} is outside of dimension {dim} of {shape:?}");
+            return Err(HostError::guest(types::Code::Shape, message));
+        }
+        self.unary("select", x, |x| x.f_select(dim, index))
+    }
+
+    fn narrow(
+        &mut self,
+        x: Resource<TensorSlot>,
+        dim: i64,
+        start: i64,
+        length: i64,
+    ) -> HostResult<Resource<TensorSlot>> {
+        let shape = self.tensor(&x)?.size();
+        let size = shape[check_dim("narrow", dim, &shape)?];
+        let from = if start < 0 { start.saturating_add(size) } else { start };
+        if from < 0 || length < 0 || from.saturating_add(length) > size {
+            let message = format!("`narrow`: {length} from {start} on is more than dimension {dim} of {shape:?} has");
+            return Err(HostError::guest(types::Code::Shape, message));
+        }
+        self.unary("narrow", x, |x| x.f_narrow(dim, from, length))
+    }
+
+    fn cat(&mut self, x: Resource<TensorSlot>, y: Resource<TensorSlot>, dim: i64) -> HostResult<Resource<TensorSlot>> {
+        let shape = |name: &str, x: &[i64], y: &[i64]| {
+            let at = check_dim(name, dim, x)?;
+            let fits = x.len() == y.len() && (0..x.len()).all(|other| other == at || x[other] == y[other]);
+            if !fits {
+                let message = format!("`cat` along dimension {dim}: shapes {x:?} and {y:?} differ elsewhere");
+                return Err(HostError::guest(types::Code::Shape, message));
+            }
+            let mut shape = x.to_vec();
+            shape[at] += y[at];
+            Ok(shape)
+        };
+        self.binary("cat", x, y, shape, |x, y| Tensor::f_cat(&[x, y], dim))
+    }
+
+    fn transpose(&mut self, x: Resource<TensorSlot>, first: i64, second: i64) -> HostResult<Resource<TensorSlot>> {
+        let shape = self.tensor(&x)?.size();
+        check_dim("transpose", first, &shape)?;
+        check_dim("transpose", second, &shape)?;
+        self.unary("transpose", x, |x| x.f_transpose(first, second))
+    }
+
+    fn reshape(&mut self, x: Resource<TensorSlot>, shape: Vec<i64>) -> HostResult<Resource<TensorSlot>> {
+        check_rank("reshape", shape.len())?;
+        let from = self.tensor(&x)?.size();
+        let open = shape.iter().filter(|size| **size == -1).count();
+        let known = shape
+            .iter()
+            .filter(|size| **size != -1)
+            .try_fold(1i64, |product, &size| (size >= 0).then(|| product.checked_mul(size)).flatten());
+        let elements: i64 = from.iter().product();
+        let fits = match (known, open) {
+            (Some(known), 0) => known == elements,
+            (Some(known), 1) => known > 0 && elements % known == 0,
+            _ => false,
+        };
+        if !fits {
+            let message = format!("`reshape`: a tensor of shape {from:?} does not fit the shape {shape:?}");
+            return Err(HostError::guest(types::Code::Shape, message).hint("one size may be -1, for what is left"));
+        }
+        self.unary("reshape", x, |x| x.f_reshape(&shape))
+    }
+
+    fn expand(&mut self, x: Resource<TensorSlot>, shape: Vec<i64>) -> HostResult<Resource<TensorSlot>> {
+        check_rank("expand", shape.len())?;
+        check_sizes("expand", &shape)?;
+        let from = self.tensor(&x)?.size();
+        let is_wider = |(size, wanted): (&i64, &i64)| size == wanted || *size == 1;
+        if from.len() > shape.len() || !from.iter().rev().zip(shape.iter().rev()).all(is_wider) {
+            let message = format!("`expand`: a tensor of shape {from:?} cannot be repeated to {shape:?}");
+            return Err(HostError::guest(types::Code::Shape, message)
+                .hint("only dimensions of size 1 are repeated, compared from the last"));
+        }
+        self.unary("expand", x, |x| x.f_expand(&shape, false))
+    }
+
+    fn choose(
+        &mut self,
+        mask: Resource<TensorSlot>,
+        yes: Resource<TensorSlot>,
+        no: Resource<TensorSlot>,
+    ) -> HostResult<Resource<TensorSlot>> {
+        let entered = Instant::now();
+        let (mask, yes, no) = (self.tensor(&mask)?, self.tensor(&yes)?, self.tensor(&no)?);
+        check_mask("choose", mask)?;
+        let shape = broadcast("choose", &yes.size(), &no.size())?;
+        check_elements("choose", &broadcast("choose", &mask.size(), &shape)?)?;
+        let result = yes.f_where_self(mask, no).map_err(|error| torch_error("choose", &[mask, yes, no], error))?;
+        self.clock.leave_host(entered);
+        self.keep(result)
+    }
+
+    fn masked_fill(
+        &mut self,
+        x: Resource<TensorSlot>,
+        mask: Resource<TensorSlot>,
+        value: f64,
+    ) -> HostResult<Resource<TensorSlot>> {
+        check_mask("masked_fill", self.tensor(&mask)?)?;
+        self.binary("masked_fill", x, mask, broadcast, |x, mask| x.f_masked_fill(mask, value))
+    }
+
     fn unsqueeze(&mut self, x: Resource<TensorSlot>, dim: i64) -> HostResult<Resource<TensorSlot>> {
         let mut shape = self.tensor(&x)?.size();
         shape.push(1);
         check_dim("unsqueeze", dim, &shape)?;
-        if shape.len() > MAX_DIMS {
-            let message =
-                format!("`unsqueeze` would make {} dimensions, and a tensor has at most {MAX_DIMS}", shape.len());
-            return Err(HostError::guest(types::Code::Limit, message));
-        }
+        check_rank("unsqueeze", shape.len())?;
         self.unary("unsqueeze", x, |x| x.f_unsqueeze(dim))
     }
 
@@ -221,14 +408,6 @@ impl tensors::HostTensor for HostState {
         self.binary("matmul", x, y, matmul_shape, |x, y| x.f_matmul(y))
     }
 
-    fn to_float(&mut self, x: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.unary("to_float", x, |x| x.f_to_kind(Kind::Float))
-    }
-
-    fn detach(&mut self, x: Resource<TensorSlot>) -> HostResult<Resource<TensorSlot>> {
-        self.unary("detach", x, |x| x.f_detach())
-    }
-
     fn item(&mut self, x: Resource<TensorSlot>) -> HostResult<f64> {
         let entered = Instant::now();
         let x = self.tensor(&x)?;
@@ -241,9 +420,46 @@ impl tensors::HostTensor for HostState {
         Ok(value)
     }
 
+    fn numbers(&mut self, x: Resource<TensorSlot>) -> HostResult<Vec<f64>> {
+        let entered = Instant::now();
+        let x = self.tensor(&x)?;
+        if x.numel() > MAX_NUMBERS {
+            let message =
+                format!("`numbers` reads at most {MAX_NUMBERS} elements, not a tensor of shape {:?}", x.size());
+            return Err(HostError::guest(types::Code::Limit, message).hint("reduce it first"));
+        }
+        let flat = x.f_detach().and_then(|x| x.f_flatten(0, -1)?.f_to_kind(Kind::Double));
+        let numbers = flat.and_then(|flat| Vec::<f64>::try_from(flat));
+        let numbers = numbers.map_err(|error| torch_error("numbers", &[x], error))?;
+        self.clock.leave_host(entered);
+        Ok(numbers)
+    }
+
     fn drop(&mut self, x: Resource<TensorSlot>) -> wasmtime::Result<()> {
         self.tensors.remove(&x);
         Ok(())
+    }
+}
+
+impl tensors::Host for HostState {
+    fn full(&mut self, shape: Vec<i64>, value: f64) -> HostResult<Resource<TensorSlot>> {
+        check_rank("full", shape.len())?;
+        check_sizes("full", &shape)?;
+        self.create("full", |device| Tensor::f_full(&shape, value, (Kind::Float, device)))
+    }
+
+    fn arange(&mut self, end: i64) -> HostResult<Resource<TensorSlot>> {
+        check_sizes("arange", &[end])?;
+        self.create("arange", |device| Tensor::f_arange(end, (Kind::Int64, device)))
+    }
+
+    fn from_numbers(&mut self, values: Vec<f64>) -> HostResult<Resource<TensorSlot>> {
+        if values.len() > MAX_NUMBERS {
+            let message = format!("`from_numbers` takes at most {MAX_NUMBERS} numbers, not {}", values.len());
+            return Err(HostError::guest(types::Code::Limit, message));
+        }
+        let values: Vec<f32> = values.into_iter().map(|value| value as f32).collect();
+        self.create("from_numbers", |device| Tensor::f_from_slice(&values)?.f_to_device(device))
     }
 }
 
@@ -262,6 +478,31 @@ fn check_dim(name: &str, dim: i64, shape: &[i64]) -> HostResult<usize> {
         _ => format!("`{name}` over dimension {dim}, but shape {shape:?} has dimensions {} to {}", -rank, rank - 1),
     };
     Err(HostError::guest(types::Code::Shape, message))
+}
+
+fn check_rank(name: &str, rank: usize) -> HostResult<()> {
+    if rank <= MAX_DIMS {
+        return Ok(());
+    }
+    let message = format!("`{name}` would make {rank} dimensions, and a tensor has at most {MAX_DIMS}");
+    Err(HostError::guest(types::Code::Limit, message))
+}
+
+/// Sizes that a guest names itself.
+fn check_sizes(name: &str, shape: &[i64]) -> HostResult<()> {
+    if shape.iter().any(|size| *size < 0) {
+        let message = format!("`{name}`: sizes are 0 or more, and shape {shape:?} has a negative one");
+        return Err(HostError::guest(types::Code::Shape, message));
+    }
+    check_elements(name, shape)
+}
+
+fn check_mask(name: &str, mask: &Tensor) -> HostResult<()> {
+    if mask.kind() == Kind::Bool {
+        return Ok(());
+    }
+    let message = format!("`{name}` needs a mask of booleans, not {}", described(mask));
+    Err(HostError::guest(types::Code::Invalid, message).hint("a comparison gives one, or `to_bool()`"))
 }
 
 fn check_elements(name: &str, shape: &[i64]) -> HostResult<()> {
@@ -325,23 +566,40 @@ fn check_gather(source: &Tensor, dim: i64, index: &Tensor) -> HostResult<()> {
         return Err(HostError::guest(types::Code::Shape, message)
             .hint("the index needs as many dimensions; `unsqueeze(-1)` makes a column of a list"));
     }
-    let kind = index.f_kind().map_err(|error| torch_error("gather", &[index], error))?;
-    if !matches!(kind, Kind::Int64 | Kind::Int) {
-        let message = "`gather` needs an index of integers, such as `batch.labels()`";
-        return Err(HostError::guest(types::Code::Invalid, message));
+    check_index("gather", index, shape[dim])
+}
+
+/// Whether `index` is of integers below `size`.
+fn check_index(name: &str, index: &Tensor, size: i64) -> HostResult<()> {
+    if !matches!(index.kind(), Kind::Int64 | Kind::Int) {
+        let message =
+            format!("`{name}` needs an index of integers, such as `batch.labels()`, not {}", described(index));
+        return Err(HostError::guest(types::Code::Invalid, message).hint("`to_int()` makes integers"));
     }
     // A GPU answers an index out of range by ending the process's use of it, so there the range is checked first.
-    if source.device().is_cuda() && index.numel() > 0 {
+    if index.device().is_cuda() && index.numel() > 0 {
         let bound = |value: Result<Tensor, TchError>| value.and_then(|value| value.f_int64_value(&[]));
-        let low = bound(index.f_min()).map_err(|error| torch_error("gather", &[index], error))?;
-        let high = bound(index.f_max()).map_err(|error| torch_error("gather", &[index], error))?;
-        if low < 0 || high >= shape[dim] {
+        let low = bound(index.f_min()).map_err(|error| torch_error(name, &[index], error))?;
+        let high = bound(index.f_max()).map_err(|error| torch_error(name, &[index], error))?;
+        if low < 0 || high >= size {
             let message =
-                format!("`gather`: index {} is outside of 0 to {}", if low < 0 { low } else { high }, shape[dim] - 1);
+                format!("`{name}`: index {} is outside of 0 to {}", if low < 0 { low } else { high }, size - 1);
             return Err(HostError::guest(types::Code::Invalid, message));
         }
     }
     Ok(())
+}
+
+/// A tensor in messages: what it holds, and its shape.
+fn described(tensor: &Tensor) -> String {
+    let kind = match tensor.kind() {
+        Kind::Bool => "booleans",
+        Kind::Int64 | Kind::Int | Kind::Int16 | Kind::Int8 | Kind::Uint8 => "integers",
+        Kind::BFloat16 | Kind::Half => "16-bit floats",
+        Kind::Double => "64-bit floats",
+        _ => "floats",
+    };
+    format!("{kind} {:?}", tensor.size())
 }
 
 /// Torch's complaint about `name` on `tensors`, without its C++ stack.
@@ -355,6 +613,6 @@ fn torch_error(name: &str, tensors: &[&Tensor], error: TchError) -> HostError {
         // Another rank may wait for this one in a collective: no guest can make up for that.
         return host::Error::run(format!("`{name}` ran out of memory")).cause(line).into();
     }
-    let shapes: Vec<String> = tensors.iter().map(|tensor| format!("{:?}", tensor.size())).collect();
+    let shapes: Vec<String> = tensors.iter().map(|tensor| described(tensor)).collect();
     HostError::guest(types::Code::Invalid, format!("`{name}` of {}: {line}", shapes.join(" and ")))
 }

@@ -24,6 +24,8 @@ pub trait Training {
     fn labels(&mut self, batch: u64) -> host::Result<tch::Tensor>;
     /// Cross-entropy as the config says: the sum over the positions that carry loss, and its weight.
     fn loss(&mut self, batch: u64) -> host::Result<(tch::Tensor, f64)>;
+    /// Where the model is.
+    fn device(&self) -> tch::Device;
     /// Scores at the positions that carry loss; 32-bit floats `[L, vocabulary]`.
     fn logits(&mut self, batch: u64) -> host::Result<tch::Tensor>;
     /// Adds the gradient of `sum`, a scalar, and `weight` to the step.

@@ -92,6 +92,11 @@ impl Run {
         &self.parts.plan
     }
 
+    /// Where the model is.
+    pub fn device(&self) -> Device {
+        self.parts.device
+    }
+
     /// Optimizer steps done.
     pub fn steps_done(&self) -> usize {
         self.parts.position.step
