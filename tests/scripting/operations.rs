@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use host::config::plan::GuestLimits;
 use host::worker::StopFlag;
 use host_rank::script::Training;
+use proptest::prelude::*;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
@@ -162,4 +163,160 @@ fn no_operation_is_forgotten() {
         |(of, name): &(String, String)| of == "tensor" || (of == "host" && name != "open" && name != "log");
     let contract = crate::surface::contract().into_iter().filter(is_of_tensors).map(|(_, name)| name);
     assert_eq!(tested, contract.collect());
+}
+
+/// What the operations of a random program take besides the tensor they are methods of.
+const SHAPES: &[(&str, &[&str])] = &[
+    (
+        "t",
+        &[
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "minimum",
+            "maximum",
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "logical_and",
+            "logical_or",
+            "matmul",
+        ],
+    ),
+    ("f", &["add_scalar", "mul_scalar", "pow_scalar", "eq_scalar", "lt_scalar", "gt_scalar"]),
+    ("ff", &["clamp"]),
+    (
+        "",
+        &[
+            "neg",
+            "abs",
+            "sign",
+            "sqrt",
+            "reciprocal",
+            "exp",
+            "expm1",
+            "log",
+            "log1p",
+            "relu",
+            "sigmoid",
+            "log_sigmoid",
+            "softplus",
+            "tanh",
+            "logical_not",
+            "to_float",
+            "to_int",
+            "to_bool",
+            "detach",
+            "flatten",
+            "sum",
+            "mean",
+            "max",
+            "min",
+        ],
+    ),
+    (
+        "i",
+        &[
+            "softmax",
+            "log_softmax",
+            "logsumexp",
+            "sum_dim",
+            "mean_dim",
+            "max_dim",
+            "min_dim",
+            "argmax",
+            "cumsum",
+            "unsqueeze",
+            "squeeze",
+        ],
+    ),
+    ("it", &["gather", "index_select"]),
+    ("ti", &["cat"]),
+    ("ii", &["select", "transpose"]),
+    ("iii", &["narrow"]),
+    ("l", &["reshape", "expand"]),
+    ("tt", &["choose"]),
+    ("tf", &["masked_fill"]),
+];
+
+/// One step of a program: an operation, what it takes, and a number for each of its arguments, its own tensor's first.
+type Instruction = (&'static str, &'static str, Vec<u32>);
+
+fn programs() -> impl Strategy<Value = Vec<Instruction>> {
+    let of = |(shape, names): &(&'static str, &'static [&'static str])| {
+        let shape = *shape;
+        names.iter().map(move |name| (*name, shape)).collect::<Vec<_>>()
+    };
+    let operations: Vec<_> = SHAPES.iter().flat_map(of).collect();
+    let step = (prop::sample::select(operations), prop::collection::vec(any::<u32>(), 4));
+    prop::collection::vec(step.prop_map(|((name, shape), numbers)| (name, shape, numbers)), 1..7)
+}
+
+/// A program as the Wasm guest reads it, and as Rhai.
+fn written(program: &[Instruction]) -> (String, String) {
+    let (mut lines, mut script) = (vec![], String::new());
+    for (made, (name, shape, numbers)) in (3u32..).zip(program) {
+        // The newest most often, for shapes and kinds that only chains of operations have.
+        let tensor = |number: u32| if number.is_multiple_of(3) { number / 3 % made } else { made - 1 };
+        let mut words = vec![(*name).to_owned(), format!("t{}", tensor(numbers[0]))];
+        let mut arguments = vec![];
+        for (kind, &number) in shape.chars().zip(&numbers[1..]) {
+            let value = match kind {
+                't' => tensor(number).to_string(),
+                'i' => (i64::from(number % 5) - 2).to_string(),
+                'f' => format!("{:?}", [-1.5, 0.0, 0.25, 2.0][number as usize % 4]),
+                _ => ["-1,1", "11,-1", "3,7,11", "1,-2"][number as usize % 4].to_owned(),
+            };
+            arguments.push(match kind {
+                't' => format!("t{value}"),
+                'l' => format!("[{value}]"),
+                _ => value.clone(),
+            });
+            words.push(format!("{kind}{value}"));
+        }
+        script += &format!("let t{made} = {}.{name}({});\n", words[1], arguments.join(", "));
+        lines.push(words.join(" "));
+    }
+    (lines.join("; "), script)
+}
+
+/// What came of a program: the run's numbers, of which NaN equals NaN, or why it ended.
+fn outcome(result: host::Result<Record>) -> String {
+    result.map_or_else(|error| format!("{:?} {:?}", error.causes, error.hints), |record| format!("{record:?}"))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Random programs come to equal numbers, or to equal errors, through both fronts.
+    #[test]
+    fn programs_do_the_same_in_both(program in programs()) {
+        let (lines, script) = written(&program);
+        let last = 2 + program.len();
+        let script = format!(
+            "let run = host::open();
+            for step in run.steps() {{
+                for batch in step.batches() {{
+                    let t0 = run.model.logits(batch);
+                    let t1 = batch.labels();
+                    let t2 = t0 * t0 + 1.0;
+                    {script}
+                    step.backward(t{last}.to_float().sum() + (t0 * 0.0).sum(), 100.0);
+                }}
+                step.finish();
+            }}"
+        );
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("recipe.rhai");
+        std::fs::write(&path, &script).unwrap();
+        let limits = GuestLimits::default();
+        let rhai = run_with(path.to_str().unwrap(), &limits, Linear::new(json!({})), StopFlag::default());
+        let training = Linear::new(json!({ "recipe": { "program": lines } }));
+        let wasm = run_with("target/guests/operations.wasm", &limits, training, StopFlag::default());
+        prop_assert_eq!(outcome(rhai), outcome(wasm), "{}", lines);
+    }
 }

@@ -1,17 +1,27 @@
-//! A recipe whose loss is one tensor operation; the config key `recipe.operation` says which.
+//! A recipe whose loss is one tensor operation, which the config key `recipe.operation` names, or several, which
+//! `recipe.program` lists.
 
 use host_sdk::Value;
 use host_sdk::prelude::*;
 
 fn main() -> Result<()> {
     let run = open()?;
-    let Value::Text(operation) = run.config("recipe.operation")? else { return Err("no `recipe.operation`".into()) };
+    let setting = |key: &str| match run.config(key) {
+        Ok(Value::Text(text)) => Some(text),
+        _ => None,
+    };
+    let (operation, program) = (setting("recipe.operation"), setting("recipe.program"));
     for step in run.steps() {
         let step = step?;
         for batch in step.batches() {
             let batch = batch?;
             let (x, labels) = (run.model().logits(&batch)?, batch.labels()?);
-            step.backward(&apply(&operation, &x, &labels)?.sum()?, 100.0)?;
+            let result = match (&operation, &program) {
+                (Some(operation), _) => apply(operation, &x, &labels)?,
+                (None, Some(program)) => follow(program, x, labels)?,
+                (None, None) => return Err("no `recipe.operation`, and no `recipe.program`".into()),
+            };
+            step.backward(&result.sum()?, 100.0)?;
         }
         step.finish()?;
     }
@@ -98,6 +108,101 @@ fn apply(operation: &str, x: &Tensor, labels: &Tensor) -> Result<Tensor> {
         "from_numbers" => host_sdk::from_numbers(&[0.5, 1.0])?.sum()?.mul(x)?,
         other => return Err(format!("no operation `{other}`").into()),
     })
+}
+
+/// `name argument argument; name …`: arguments are `t` and the number of a tensor, `i` and an integer, `f` and a float, `l`
+/// and integers. Tensors 0 to 2 are `x`, `labels` and `x·x + 1`, the others results in order. The last one's floats, with
+/// `x·0`, so that there is a gradient.
+fn follow(program: &str, x: Tensor, labels: Tensor) -> Result<Tensor> {
+    let positive = x.mul(&x)?.add_scalar(1.0)?;
+    let mut tensors = vec![x, labels, positive];
+    for line in program.split("; ") {
+        let mut words = line.split(' ');
+        let name = words.next().unwrap_or_default();
+        let arguments: Vec<&str> = words.collect();
+        let result = perform(name, &arguments, &tensors)?;
+        tensors.push(result);
+    }
+    let last = tensors[tensors.len() - 1].to_float()?.sum()?;
+    Ok(last.add(&tensors[0].mul_scalar(0.0)?.sum()?)?)
+}
+
+fn perform(name: &str, arguments: &[&str], tensors: &[Tensor]) -> Result<Tensor> {
+    let rest = |index: usize| &arguments[index][1..];
+    let t = |index: usize| &tensors[rest(index).parse::<usize>().unwrap()];
+    let i = |index: usize| rest(index).parse::<i64>().unwrap();
+    let f = |index: usize| rest(index).parse::<f64>().unwrap();
+    let l = |index: usize| rest(index).split(',').map(|size| size.parse().unwrap()).collect::<Vec<i64>>();
+    Ok(match name {
+        "add" => t(0).add(t(1)),
+        "sub" => t(0).sub(t(1)),
+        "mul" => t(0).mul(t(1)),
+        "div" => t(0).div(t(1)),
+        "minimum" => t(0).minimum(t(1)),
+        "maximum" => t(0).maximum(t(1)),
+        "eq" => t(0).eq(t(1)),
+        "ne" => t(0).ne(t(1)),
+        "lt" => t(0).lt(t(1)),
+        "le" => t(0).le(t(1)),
+        "gt" => t(0).gt(t(1)),
+        "ge" => t(0).ge(t(1)),
+        "logical_and" => t(0).logical_and(t(1)),
+        "logical_or" => t(0).logical_or(t(1)),
+        "matmul" => t(0).matmul(t(1)),
+        "add_scalar" => t(0).add_scalar(f(1)),
+        "mul_scalar" => t(0).mul_scalar(f(1)),
+        "pow_scalar" => t(0).pow_scalar(f(1)),
+        "eq_scalar" => t(0).eq_scalar(f(1)),
+        "lt_scalar" => t(0).lt_scalar(f(1)),
+        "gt_scalar" => t(0).gt_scalar(f(1)),
+        "clamp" => t(0).clamp(f(1), f(2)),
+        "neg" => t(0).neg(),
+        "abs" => t(0).abs(),
+        "sign" => t(0).sign(),
+        "sqrt" => t(0).sqrt(),
+        "reciprocal" => t(0).reciprocal(),
+        "exp" => t(0).exp(),
+        "expm1" => t(0).expm1(),
+        "log" => t(0).log(),
+        "log1p" => t(0).log1p(),
+        "relu" => t(0).relu(),
+        "sigmoid" => t(0).sigmoid(),
+        "log_sigmoid" => t(0).log_sigmoid(),
+        "softplus" => t(0).softplus(),
+        "tanh" => t(0).tanh(),
+        "logical_not" => t(0).logical_not(),
+        "to_float" => t(0).to_float(),
+        "to_int" => t(0).to_int(),
+        "to_bool" => t(0).to_bool(),
+        "detach" => t(0).detach(),
+        "flatten" => t(0).flatten(),
+        "sum" => t(0).sum(),
+        "mean" => t(0).mean(),
+        "max" => t(0).max(),
+        "min" => t(0).min(),
+        "softmax" => t(0).softmax(i(1)),
+        "log_softmax" => t(0).log_softmax(i(1)),
+        "logsumexp" => t(0).logsumexp(i(1)),
+        "sum_dim" => t(0).sum_dim(i(1)),
+        "mean_dim" => t(0).mean_dim(i(1)),
+        "max_dim" => t(0).max_dim(i(1)),
+        "min_dim" => t(0).min_dim(i(1)),
+        "argmax" => t(0).argmax(i(1)),
+        "cumsum" => t(0).cumsum(i(1)),
+        "unsqueeze" => t(0).unsqueeze(i(1)),
+        "squeeze" => t(0).squeeze(i(1)),
+        "gather" => t(0).gather(i(1), t(2)),
+        "index_select" => t(0).index_select(i(1), t(2)),
+        "cat" => t(0).cat(t(1), i(2)),
+        "select" => t(0).select(i(1), i(2)),
+        "narrow" => t(0).narrow(i(1), i(2), i(3)),
+        "transpose" => t(0).transpose(i(1), i(2)),
+        "reshape" => t(0).reshape(&l(1)),
+        "expand" => t(0).expand(&l(1)),
+        "choose" => t(0).choose(t(1), t(2)),
+        "masked_fill" => t(0).masked_fill(t(1), f(2)),
+        other => return Err(format!("no operation `{other}`").into()),
+    }?)
 }
 
 host_sdk::recipe!(main);
