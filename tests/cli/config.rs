@@ -229,7 +229,7 @@ fn missing_sections() {
 
     error: the key `loss` is missing
       --> c.yaml:1:1
-    hint: `loss: {_component_: cross_entropy}`: what is made small
+    hint: `loss: {_component_: cross_entropy}`: what is made small; also the path of a loss guest, whose settings the other keys are
     ");
 }
 

@@ -88,6 +88,46 @@ fn a_template_that_is_not_one() {
 }
 
 #[test]
+fn a_loss_that_is_not_one() {
+    let case = Case::new();
+    case.write("core.wasm", CORE_MODULE);
+    case.write("fine.rhai", "fn loss(logits, labels) { #{ sum: logits.sum(), weight: 1 } }");
+    assert_eq!(
+        case.validate(&["loss={_component_: fine.rhai, gamma: 2}"]),
+        "exit 0\n--- stdout\nConfig is well-formed!"
+    );
+    assert_snapshot!(case.validate(&["loss={_component_: absent.rhai}"]), @"
+    exit 2
+    --- stderr
+    error: cannot read the loss `absent.rhai`
+      --> command line
+    cause: No such file or directory (os error 2)
+    hint: paths count from the folder `host` is started in
+    ");
+    assert_snapshot!(case.validate(&["loss={_component_: core.wasm}"]), @"
+    exit 2
+    --- stderr
+    error: the loss `core.wasm` is a core Wasm module, and a loss is a component
+      --> command line
+    hint: build the guest for `wasm32-wasip2`
+    ");
+    assert_snapshot!(case.validate(&["loss={_component_: fine.rhai, gamma: [1, 2]}"]), @"
+    exit 2
+    --- stderr
+    error: `loss.gamma` must be one value, found a list
+      --> command line
+    hint: a guest's settings are numbers, texts and flags
+    ");
+    assert_snapshot!(case.validate(&["loss={_component_: focal}"]), @"
+    exit 2
+    --- stderr
+    error: unknown loss `focal` in `loss._component_`
+      --> command line
+    hint: there is: cross_entropy, CrossEntropyLoss
+    ");
+}
+
+#[test]
 fn a_template_that_is_not_there() {
     assert_snapshot!(Case::new().validate(&["tokenizer.prompt_template=absent.rhai"]), @"
     exit 2

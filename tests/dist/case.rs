@@ -129,7 +129,7 @@ impl Case {
             let name = format!("model/{}", path.file_name().unwrap().to_str().unwrap());
             case.write(&name, std::fs::read(path).unwrap());
         }
-        for folder in ["recipes", "templates", "scripts"] {
+        for folder in ["recipes", "templates", "scripts", "examples"] {
             symlink(root().join(folder), case.path(folder)).unwrap();
         }
         symlink(programs().join("../guests"), case.path("guests")).unwrap();

@@ -468,3 +468,33 @@ fn a_run_goes_on_with_other_settings_until_it_is_complete() {
     assert_eq!(losses["training"], Value::from(logged.collect::<Vec<_>>()));
     assert!(case.contents("out")["loss.svg"].starts_with(b"<svg"));
 }
+
+/// `loss: {_component_: FILE, gamma: …}`: the same losses in both fronts and on two ranks, validation included, with
+/// gamma 0 those of cross-entropy.
+#[test]
+fn a_loss_of_ones_own() {
+    let case = Case::new();
+    let run = |name: &str, loss: Option<(&str, f64)>, more: &[&str]| {
+        let loss = loss.map(|(file, gamma)| format!("loss={{_component_: {file}, gamma: {gamma}}}"));
+        let arguments: Vec<&str> = loss.iter().map(String::as_str).chain(more.iter().copied()).collect();
+        let losses = case.losses(WASM, name, &arguments);
+        let files = case.contents(&format!("{name}/epoch_0"));
+        let record: Value = serde_json::from_slice(&files["losses.json"]).unwrap();
+        let validation: Vec<f64> =
+            record["validation"].as_array().unwrap().iter().map(|point| point[1].as_f64().unwrap()).collect();
+        (losses, validation, case.contents(&format!("{name}/epoch_0/adapter")))
+    };
+    let distance = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f64::max);
+    const SCRIPT: &str = "examples/own_loss/focal.rhai";
+    let plain = run("plain", None, &[]);
+    let none = run("none", Some((SCRIPT, 0.0)), &[]);
+    assert!(distance(&none.0, &plain.0) < 1e-5 && distance(&none.1, &plain.1) < 1e-5, "{:?} {:?}", none.0, plain.0);
+
+    let script = run("script", Some((SCRIPT, 2.0)), &[]);
+    assert!(distance(&script.0, &plain.0) > 1e-3, "gamma changes the loss");
+    let component = run("component", Some(("guests/focal.wasm", 2.0)), &[]);
+    assert_eq!((&script.0, &script.1), (&component.0, &component.1));
+    assert!(script.2["adapter_model.safetensors"] == component.2["adapter_model.safetensors"]);
+    let two = run("two", Some((SCRIPT, 2.0)), &["--nproc", "2", "gradient_accumulation_steps=2"]);
+    assert!(distance(&two.0, &script.0) < 1e-5 && distance(&two.1, &script.1) < 1e-5, "{:?} {:?}", two.0, script.0);
+}

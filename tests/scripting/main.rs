@@ -5,6 +5,7 @@
 mod costs;
 mod files;
 mod hostile;
+mod losses;
 mod operations;
 mod recipes;
 mod rhai_limits;

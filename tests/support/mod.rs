@@ -87,7 +87,7 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
         tokens_per_microbatch: 2048,
         optimizer: OptimizerPlan { lr: 3e-4, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01 },
         schedule: SchedulePlan::Cosine { num_warmup_steps: 5, num_cycles: 0.5 },
-        loss: LossPlan { num_output_chunks: 1 },
+        loss: LossPlan { guest: None, num_output_chunks: 1 },
         clip_grad_norm: None,
         checkpoint: CheckpointPlan {
             output_dir: output_dir.into(),
@@ -198,6 +198,7 @@ pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port:
         templates_val: vec![],
         stop: StopFlag::default(),
         recipe_digest: "test".into(),
+        loss: None,
     };
     let validation = plan.run_val_every_n_steps.map(|_| rows[..VALIDATION_ROWS].to_vec());
     let validation = validation.map(Tokenized::from_samples);

@@ -57,6 +57,12 @@ impl Findings<'_> {
         {
             self.errors.push(error);
         }
+        if let Some(guest) = &plan.loss.guest {
+            let hint = "paths count from the folder `host` is started in";
+            let checked = check_guest(guest, "loss");
+            let checked = checked.map_err(|error| if guest.path.exists() { error } else { error.hint(hint) });
+            self.add_result("loss._component_", checked);
+        }
         self.model(&plan.model);
         self.tokenizer(&plan.tokenizer, &plan.model.checkpoint_dir);
         for (key, datasets) in [("dataset", &plan.dataset), ("dataset_val", &plan.dataset_val)] {

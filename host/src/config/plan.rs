@@ -343,6 +343,8 @@ pub enum SchedulePlan {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LossPlan {
+    /// A loss of somebody's own, in place of cross-entropy.
+    pub guest: Option<GuestRef>,
     /// Label positions are projected to the vocabulary in this many pieces at least.
     pub num_output_chunks: usize,
 }

@@ -196,6 +196,9 @@ impl Verifier<'_> {
             }
             return false;
         };
+        if role == Role::Loss && registry::is_guest_path(text) {
+            return self.settings(node, path);
+        }
         match registry::component(text) {
             Some(component) if component.role == role => self.component_keys(node, name, component, path),
             Some(component) => {
@@ -214,6 +217,19 @@ impl Verifier<'_> {
                 false
             }
         }
+    }
+
+    /// A guest's own keys, of which only the guest knows what they mean.
+    fn settings(&mut self, node: &Node, path: &str) -> bool {
+        let is_single = |entry: &&Entry| matches!(entry.value.tree, Tree::Scalar(_) | Tree::Broken);
+        let found: Vec<&Entry> = node.entries().iter().filter(|entry| !is_single(entry)).collect();
+        for entry in &found {
+            let what = format!("`{}` must be one value, found {}", join(path, &entry.key), entry.value.describe());
+            self.fail(
+                self.config.error(entry.value.mark, what).hint("a guest's settings are numbers, texts and flags"),
+            );
+        }
+        found.is_empty()
     }
 
     fn component_keys(&mut self, node: &Node, name: &Entry, component: &'static Component, path: &str) -> bool {

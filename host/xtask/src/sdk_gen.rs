@@ -52,8 +52,11 @@ pub fn outputs(root: &Path) -> Result<Vec<(PathBuf, String)>, String> {
             interfaces.push(&resolve.interfaces[*id]);
         }
     }
-    let rows = resolve.packages[package].interfaces.get("rows").ok_or("the contract has no interface `rows`")?;
-    let surface = Surface { resolve: &resolve, interfaces, rows: &resolve.interfaces[*rows] };
+    let exported = |name: &str| match resolve.packages[package].interfaces.get(name) {
+        Some(id) => Ok(&resolve.interfaces[*id]),
+        None => Err(format!("the contract has no interface `{name}`")),
+    };
+    let surface = Surface { resolve: &resolve, interfaces, rows: exported("rows")?, scoring: exported("scoring")? };
     Ok(vec![
         (root.join("host/rank/src/script/rhai_generated.rs"), surface.bindings()?),
         (root.join("sdk/rhai/host.d.rhai"), surface.definitions()?),
@@ -65,6 +68,7 @@ struct Surface<'a> {
     resolve: &'a Resolve,
     interfaces: Vec<&'a Interface>,
     rows: &'a Interface,
+    scoring: &'a Interface,
 }
 
 /// How a function of the contract appears in Rhai.
@@ -579,7 +583,7 @@ const REFERENCE_HEAD: &str = "\
 
 # `host:sdk`
 
-What a recipe or a template may ask of `host`, and what it must offer. One contract for Wasm components and Rhai scripts:
+What a recipe, a template or a loss may ask of `host`, and what it must offer. One contract for Wasm components and Rhai scripts:
 `sdk/wit` is its source, this page, the Rhai bindings and the definition file `sdk/rhai/host.d.rhai` are generated from it.
 
 How WIT reads in Rhai:
@@ -638,6 +642,13 @@ another row.
 | --- | --- |
 ";
 
+const REFERENCE_SCORING_RHAI: &str = "\
+### In Rhai
+
+A loss script defines `fn loss(logits, labels)`, or `fn loss(logits, labels, settings)` to be given the other keys of the
+config's `loss` section as a map. It gives back `#{ sum: …, weight: … }`, a tensor and a number. It has what `tensors` offers.
+";
+
 impl Surface<'_> {
     fn reference(&self) -> Result<String, String> {
         let mut out = String::from(REFERENCE_HEAD);
@@ -650,6 +661,9 @@ impl Surface<'_> {
         for (declaration, about) in TEMPLATE_FUNCTIONS {
             let _ = writeln!(out, "| `{declaration}` | {about} |");
         }
+        self.reference_interface(self.scoring, "what a loss offers", &mut out)?;
+        out.push('\n');
+        out.push_str(REFERENCE_SCORING_RHAI);
         Ok(out)
     }
 

@@ -9,6 +9,21 @@ wit_bindgen::generate!({
     pub_export_macro: true,
 });
 
+/// The world of losses.
+pub mod loss {
+    wit_bindgen::generate!({
+        path: "../wit/0.0.3",
+        world: "loss",
+        with: {
+            "host:sdk/types@0.0.3": crate::bindings::host::sdk::types,
+            "host:sdk/tensors@0.0.3": crate::bindings::host::sdk::tensors,
+        },
+        export_macro_name: "export_loss",
+        default_bindings_module: "host_sdk::bindings::loss",
+        pub_export_macro: true,
+    });
+}
+
 /// The world of templates.
 pub mod template {
     wit_bindgen::generate!({

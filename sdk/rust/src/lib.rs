@@ -25,7 +25,8 @@
 //! host_sdk::recipe!(main);
 //! ```
 //!
-//! A *template* turns rows of data into messages: see [`Template`] and [`template!`].
+//! A *template* turns rows of data into messages: see [`Template`] and [`template!`]. A *loss* takes the place of
+//! cross-entropy in any recipe: see [`Loss`] and [`loss!`].
 //!
 //! A guest has no files, network, clock, environment or random numbers. What it prints goes to the run's log, and the text
 //! of a panic into the report of its failure. Every function is described in `sdk/REFERENCE.md`.
@@ -35,24 +36,30 @@
 #[doc(hidden)]
 pub mod bindings;
 mod error;
+mod loss;
 mod ops;
 mod recipe;
 mod template;
 
-pub use bindings::host::sdk::tensors::{Tensor, arange, from_numbers, full};
-pub use bindings::host::sdk::training::{Batch, Model, Run, Step, WeightedLoss, open};
+pub use bindings::host::sdk::tensors::{Tensor, WeightedLoss, arange, from_numbers, full};
+pub use bindings::host::sdk::training::{Batch, Model, Run, Step, open};
 pub use bindings::host::sdk::types::{Code, Error as CallError, Value, log};
 pub use error::{Error, Result};
+pub use loss::{Loss, Settings};
 pub use recipe::{Batches, Steps};
 pub use template::{Message, Role, Row, RowError, Template};
 
 /// What nearly every guest uses.
 pub mod prelude {
-    pub use crate::{Batch, Error, Message, Model, Result, Role, Row, RowError, Run, Step, Template, Tensor, open};
+    pub use crate::{
+        Batch, Error, Loss, Message, Model, Result, Role, Row, RowError, Run, Settings, Step, Template, Tensor,
+        WeightedLoss, open,
+    };
 }
 
 #[doc(hidden)]
 pub mod export {
     pub use crate::error::into_failure;
+    pub use crate::loss::Scoring;
     pub use crate::template::{Rows, configure, render};
 }

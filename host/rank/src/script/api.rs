@@ -127,6 +127,8 @@ pub struct HostState {
     pub(super) tensor_bytes: usize,
     pub(super) max_tensor_bytes: usize,
     training: Option<Box<dyn Training>>,
+    /// Where the guest's tensors are; none where it has no tensors.
+    pub(super) device: Option<tch::Device>,
     opened: bool,
     complete: bool,
     turn: Option<Turn>,
@@ -147,6 +149,7 @@ impl HostState {
             max_handles: limits.handles,
             tensor_bytes: 0,
             max_tensor_bytes: limits.tensors_mb << 20,
+            device: training.as_ref().map(|training| training.device()),
             training,
             opened: false,
             complete: false,
@@ -190,6 +193,19 @@ impl HostState {
         }
     }
 
+    /// Begins a call that a guest without a run is given: its tensors die with it.
+    pub(super) fn begin_call(&mut self) {
+        self.turns += 1;
+        self.turn = Some(Turn { number: self.turns, batch: None, waiting: None, all_taken: true });
+        self.clock.restart();
+    }
+
+    pub(super) fn end_call(&mut self) {
+        self.end_arena(self.turns);
+        self.turn = None;
+        self.count_tensors();
+    }
+
     /// The arena a new tensor belongs to.
     pub(super) fn arena(&self) -> Option<u64> {
         self.turn.as_ref().map(|turn| turn.number)
@@ -218,7 +234,7 @@ impl HostState {
         self.in_training(|training| training.next_batch())
     }
 
-    pub(super) fn training(&mut self) -> HostResult<&mut dyn Training> {
+    fn training(&mut self) -> HostResult<&mut dyn Training> {
         match self.training.as_deref_mut() {
             Some(training) => Ok(training),
             None => Err(host::Error::bug("a guest without a run asked for training").into()),

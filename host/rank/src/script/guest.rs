@@ -41,6 +41,7 @@ const INERT_WASI: &[&str] = &[
 pub enum World {
     Recipe,
     Template,
+    Loss,
 }
 
 impl World {
@@ -48,6 +49,7 @@ impl World {
         match self {
             Self::Recipe => "recipe",
             Self::Template => "template",
+            Self::Loss => "loss",
         }
     }
 }
@@ -180,18 +182,17 @@ fn check_versions(path: &Path, surface: &Surface, world: World) -> Result<()> {
 }
 
 fn check_world(path: &Path, surface: &Surface, world: World) -> Result<()> {
-    let is_recipe = surface.exports.iter().any(|name| name == "main");
-    let is_template = surface.exports.iter().any(|name| split_version(name).0 == "host:sdk/rows");
-    let (fits, other, needed) = match world {
-        World::Recipe => (is_recipe, is_template.then_some("template"), "main"),
-        World::Template => (is_template, is_recipe.then_some("recipe"), "host:sdk/rows"),
-    };
-    if fits {
+    const WORLDS: [(World, &str); 3] =
+        [(World::Recipe, "main"), (World::Template, "host:sdk/rows"), (World::Loss, "host:sdk/scoring")];
+    let exports = |needed: &str| surface.exports.iter().any(|name| split_version(name).0 == needed);
+    let needed = WORLDS.iter().find(|(of, _)| *of == world).map_or("main", |(_, needed)| needed);
+    if exports(needed) {
         return Ok(());
     }
     let noun = world.noun();
+    let other = WORLDS.iter().find(|(_, needed)| exports(needed));
     Err(match other {
-        Some(other) => Error::config(format!("`{}` is a {other}, not a {noun}", path.display())),
+        Some((other, _)) => Error::config(format!("`{}` is a {}, not a {noun}", path.display(), other.noun())),
         None => {
             let exports = match surface.exports.as_slice() {
                 [] => "it exports nothing".to_string(),
@@ -208,6 +209,7 @@ fn check_imports(path: &Path, surface: &Surface, world: World) -> Result<()> {
     let sdk: &[&str] = match world {
         World::Recipe => &["host:sdk/types", "host:sdk/tensors", "host:sdk/training"],
         World::Template => &["host:sdk/types"],
+        World::Loss => &["host:sdk/types", "host:sdk/tensors"],
     };
     let mut denied: Vec<&str> = surface
         .imports

@@ -5,18 +5,23 @@ use host::data::template::Templates;
 use host::worker::{StopFlag, WorkerEnv};
 use host::{Error, Result};
 
+use super::loss::LossGuest;
 use super::{Recipe, open_template};
 use crate::train::{Inputs, Run};
 
 /// Loads the guests, opens the run and lets the recipe drive it. The guests come first: a mistake in them costs no model.
 pub fn train(plan: TrainPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
     let recipe = Recipe::load(&plan.recipe, &plan.limits)?;
+    let loss = plan.loss.guest.as_ref().map(|guest| LossGuest::load(guest, &plan.limits)).transpose()?;
+    let digest = std::iter::once(recipe.digest()).chain(loss.as_ref().map(LossGuest::digest)).collect();
+    let loss = loss.map(|loss| loss.open()).transpose()?;
     let inputs = Inputs {
         env: env.clone(),
         templates: templates(&plan.dataset, &plan)?,
         templates_val: templates(&plan.dataset_val, &plan)?,
         stop: stop.clone(),
-        recipe_digest: recipe.digest().to_owned(),
+        recipe_digest: digest,
+        loss,
     };
     let run = Run::open(plan, inputs)?;
     let interruption = run.interruption();

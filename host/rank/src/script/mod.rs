@@ -12,6 +12,7 @@ mod handles;
 mod job;
 pub mod limits;
 mod log;
+mod loss;
 pub mod rhai;
 // Generated: one shape for every function, also where a hand would write less.
 #[rustfmt::skip]
@@ -31,6 +32,7 @@ use guest::{Blame, Guest, World};
 
 pub use guest::SDK_VERSION;
 pub use job::train;
+pub use loss::open_loss;
 pub use template::open_template;
 pub use training::{BatchInfo, Training};
 

@@ -67,7 +67,7 @@ impl Kind for tensors::Tensor {
     }
 }
 
-impl Convert for training::WeightedLoss {
+impl Convert for tensors::WeightedLoss {
     type Rhai = Map;
 
     fn to_rhai(self, shared: &Shared) -> Map {

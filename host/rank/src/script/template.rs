@@ -58,7 +58,8 @@ pub fn open_template(guest: &GuestRef, limits: &GuestLimits) -> Result<SharedTem
     })
 }
 
-fn digest(bytes: &[u8]) -> String {
+/// Of a guest's content, for this SDK.
+pub fn digest(bytes: &[u8]) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(SDK_VERSION.as_bytes()).update(&[0]).update(bytes);
     hasher.finalize().to_string()

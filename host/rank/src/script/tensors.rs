@@ -76,6 +76,16 @@ impl HostState {
         }
     }
 
+    /// A tensor of the host's, handed to a guest.
+    pub(super) fn lend(&mut self, tensor: &Tensor) -> HostResult<Resource<TensorSlot>> {
+        self.keep(tensor.shallow_clone())
+    }
+
+    /// Takes back what was lent, or given.
+    pub(super) fn release(&mut self, handle: &Resource<TensorSlot>) {
+        self.tensors.remove(handle);
+    }
+
     /// A tensor of no other, on the model's device.
     fn create(
         &mut self,
@@ -83,7 +93,8 @@ impl HostState {
         make: impl FnOnce(Device) -> Result<Tensor, TchError>,
     ) -> HostResult<Resource<TensorSlot>> {
         let entered = Instant::now();
-        let made = make(self.training()?.device()).map_err(|error| torch_error(name, &[], error))?;
+        let device = self.device.ok_or_else(|| host::Error::bug("a guest without tensors made one"))?;
+        let made = make(device).map_err(|error| torch_error(name, &[], error))?;
         self.clock.leave_host(entered);
         self.keep(made)
     }
@@ -240,7 +251,7 @@ impl tensors::HostTensor for HostState {
     }
 
     fn clamp(&mut self, x: Resource<TensorSlot>, min: f64, max: f64) -> HostResult<Resource<TensorSlot>> {
-        if !(min <= max) {
+        if min > max || min.is_nan() || max.is_nan() {
             let message =
                 format!("`clamp` takes two numbers of which the first is not the larger, not {min} and {max}");
             return Err(HostError::guest(types::Code::Invalid, message));
@@ -429,7 +440,7 @@ impl tensors::HostTensor for HostState {
             return Err(HostError::guest(types::Code::Limit, message).hint("reduce it first"));
         }
         let flat = x.f_detach().and_then(|x| x.f_flatten(0, -1)?.f_to_kind(Kind::Double));
-        let numbers = flat.and_then(|flat| Vec::<f64>::try_from(flat));
+        let numbers = flat.and_then(Vec::<f64>::try_from);
         let numbers = numbers.map_err(|error| torch_error("numbers", &[x], error))?;
         self.clock.leave_host(entered);
         Ok(numbers)

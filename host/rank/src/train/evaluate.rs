@@ -7,7 +7,7 @@ use crate::train::batch::DeviceBatch;
 use crate::train::run::Run;
 
 impl Run {
-    /// Mean loss over the label tokens of the validation set, which has some; `None` without such a set.
+    /// Mean loss over the label tokens of the validation set, which has some, or over what the loss weighs; `None` without such a set.
     pub(super) fn evaluate(&self) -> Result<Option<f64>> {
         let parts = &self.parts;
         let Some(batches) = &parts.validation else { return Ok(None) };
@@ -15,9 +15,9 @@ impl Run {
         tch::no_grad(|| -> Result<()> {
             for batch in batches.iter().filter(|batch| !batch.labels.is_empty()) {
                 let batch = DeviceBatch::new(batch, parts.device, None);
-                let loss = batch.loss_sum(&parts.model, self.chunk_rows(batch.num_labels))?;
-                let _ = sums.get(0).g_add_(&loss.to_kind(Kind::Double));
-                let _ = sums.get(1).g_add_scalar_(batch.num_labels as f64);
+                let (loss, weight) = self.loss_of(&batch)?;
+                let _ = sums.get(0).g_add_(&loss.to_kind(Kind::Double).reshape([0i64; 0]));
+                let _ = sums.get(1).g_add_scalar_(weight);
             }
             Ok(())
         })?;

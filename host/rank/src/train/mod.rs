@@ -9,4 +9,4 @@ pub mod run;
 pub mod step;
 
 pub use open::{Inputs, Opened, Tokens};
-pub use run::Run;
+pub use run::{Loss, Run};

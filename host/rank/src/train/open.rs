@@ -1,5 +1,6 @@
 //! From a plan to a [`Run`]: data, model, adapter, optimizer, and the checkpoint to go on from.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -22,7 +23,7 @@ use crate::model::{Llama, Weights};
 use crate::optim::{AdamW, Schedule};
 use crate::torch::TorchContext;
 use crate::train::agree::{self, Facts};
-use crate::train::run::{Parts, Run, rows_of_epoch};
+use crate::train::run::{Loss, Parts, Run, rows_of_epoch};
 use crate::{device, torch};
 
 /// What the worker's start-up hands to a run besides the plan.
@@ -35,6 +36,8 @@ pub struct Inputs {
     pub stop: StopFlag,
     /// The recipe's content, recorded beside checkpoints.
     pub recipe_digest: String,
+    /// Takes the place of cross-entropy.
+    pub loss: Option<Box<dyn Loss>>,
 }
 
 /// Rows as tokens.
@@ -223,6 +226,7 @@ impl Run {
             steps_per_epoch,
             recorder,
             curve,
+            loss: inputs.loss.map(RefCell::new),
             stop: inputs.stop,
         })
     }

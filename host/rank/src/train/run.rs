@@ -1,6 +1,6 @@
 //! One run: what a recipe's calls do. Every rank makes the same calls; what differs is which samples it holds.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -44,7 +44,15 @@ pub struct Parts {
     pub saver: Option<Saver>,
     pub recorder: Option<Recorder>,
     pub curve: Curve,
+    /// In place of cross-entropy.
+    pub loss: Option<RefCell<Box<dyn Loss>>>,
     pub stop: StopFlag,
+}
+
+/// A loss of somebody's own.
+pub trait Loss {
+    /// From scores `[L, V]` in fp32 and target tokens `[L]`, `L` above 0: a scalar sum, and its weight, finite and not below 0.
+    fn compute(&mut self, logits: &Tensor, labels: &Tensor) -> Result<(Tensor, f64)>;
 }
 
 impl Parts {
@@ -183,14 +191,24 @@ impl Run {
         Ok(self.batch(key)?.labels.shallow_clone())
     }
 
-    /// Summed cross-entropy of a batch, and the label tokens it is a sum over.
+    /// The loss of a batch as a sum, and what it is a sum over: cross-entropy over its label tokens, or a guest's.
     pub fn loss(&self, key: u64) -> Result<(Tensor, f64)> {
-        let batch = self.batch(key)?;
-        let sum = batch.loss_sum(&self.parts.model, self.chunk_rows(batch.num_labels))?;
-        Ok((sum, batch.num_labels as f64))
+        self.loss_of(self.batch(key)?)
     }
 
-    pub(super) fn chunk_rows(&self, labels: i64) -> i64 {
+    pub(super) fn loss_of(&self, batch: &DeviceBatch) -> Result<(Tensor, f64)> {
+        match &self.parts.loss {
+            Some(loss) if batch.num_labels > 0 => {
+                loss.borrow_mut().compute(&batch.logits(&self.parts.model)?, &batch.labels)
+            }
+            _ => {
+                let sum = batch.loss_sum(&self.parts.model, self.chunk_rows(batch.num_labels))?;
+                Ok((sum, batch.num_labels as f64))
+            }
+        }
+    }
+
+    fn chunk_rows(&self, labels: i64) -> i64 {
         /// Scores of this many rows are in memory at once: 100 MB at a vocabulary of 49,152 in f32.
         const MOST_ROWS: i64 = 512;
         let chunks = self.parts.plan.loss.num_output_chunks.max(1) as i64;

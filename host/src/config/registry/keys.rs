@@ -63,7 +63,11 @@ pub const TRAIN: &[Key] = &[
     optional("save_every_n_steps", POSITIVE, "Checkpoint every this many steps, besides each epoch."),
     required("optimizer", Type::Component(Role::Optimizer), "How gradients change weights."),
     optional("lr_scheduler", Type::Component(Role::LrScheduler), "Learning rate over steps; constant when absent."),
-    required("loss", Type::Component(Role::Loss), "What is made small."),
+    required(
+        "loss",
+        Type::Component(Role::Loss),
+        "What is made small; also the path of a loss guest, whose settings the other keys are.",
+    ),
     optional("clip_grad_norm", Type::Any, "Largest gradient norm; `inf` logs it and clips nothing."),
     DEVICE,
     DTYPE,

@@ -192,6 +192,11 @@ pub fn component(name: &str) -> Option<&'static Component> {
     components::ALL.iter().find(|component| component.name == name || component.aliases.contains(&name))
 }
 
+/// Says whether a `_component_` is the file of a guest.
+pub fn is_guest_path(name: &str) -> bool {
+    name.ends_with(".wasm") || name.ends_with(".rhai")
+}
+
 /// Returns what somebody who wrote `name` probably meant: a name close to it, else to the end of its path. A model of a
 /// family that is not built is none of another's.
 pub fn similar(name: &str, role: Role) -> Option<&'static str> {

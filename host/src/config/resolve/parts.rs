@@ -262,6 +262,18 @@ pub fn template(section: &Section<'_>, key: &str, around: &Surroundings<'_>) -> 
     Ok(Some(GuestRef { settings, ..guest_ref(section, key, name, around)? }))
 }
 
+/// The loss as a guest: `{_component_: FILE, …settings}`.
+pub fn loss_guest(root: &Section<'_>) -> Found<Option<GuestRef>> {
+    let Some(node) = root.node("loss")? else { return Ok(None) };
+    let Some(path) = node.entry("_component_").and_then(|entry| entry.value.as_str()) else { return Ok(None) };
+    if !registry::is_guest_path(path) {
+        return Ok(None);
+    }
+    let settings = node.entries().iter().filter(|entry| entry.key != "_component_");
+    let settings = json_map(settings.map(|entry| (entry.key.as_str(), &entry.value)));
+    Ok(Some(GuestRef { settings, ..guest(path.into()) }))
+}
+
 /// The guest of a template, by the name or path that `key` gives.
 pub fn guest_ref(section: &Section<'_>, key: &str, name: &str, around: &Surroundings<'_>) -> Found<GuestRef> {
     Ok(guest(template_path(section, key, name, around)?))

@@ -259,10 +259,13 @@ fn schedule(root: &Section<'_>) -> Found<SchedulePlan> {
 }
 
 fn loss(root: &Section<'_>) -> Found<LossPlan> {
+    if let Some(guest) = parts::loss_guest(root)? {
+        return Ok(LossPlan { guest: Some(guest), num_output_chunks: 1 });
+    }
     let section = root.component("loss")?;
     // PyTorch's own loss has no such key; pieces change memory, not the loss.
     let num_output_chunks = if section.knows("num_output_chunks") { section.get("num_output_chunks")? } else { 8 };
-    Ok(LossPlan { num_output_chunks })
+    Ok(LossPlan { guest: None, num_output_chunks })
 }
 
 fn clip_grad_norm(root: &Section<'_>) -> Found<Option<ClipPlan>> {

@@ -1,0 +1,281 @@
+//! Losses: guests that say how far a model's scores are from what they should be, whatever recipe asks.
+
+use host::config::plan::{GuestLimits, GuestRef};
+use host::worker::StopFlag;
+use host::{Error, Result};
+use rhai::{AST, CallFnOptions, Dynamic, Engine, Map, Scope};
+use serde_json::Value as Json;
+use tch::Tensor;
+use wasmtime::Store;
+use wasmtime::component::{HasSelf, Linker, Resource};
+
+use super::api::{HostError, HostResult, HostState, tensors, types};
+use super::guest::{self, Blame, Guest, World};
+use super::rhai::{Front, Handle, Shared, explain, parse};
+use super::rhai_generated;
+use super::template::digest;
+use super::tensors::TensorSlot;
+use super::wasm::{self, GuestData};
+use crate::train::Loss;
+
+mod wit {
+    wasmtime::component::bindgen!({
+        path: "../../sdk/wit/0.0.3",
+        world: "loss",
+        imports: { default: trappable },
+        with: {
+            "host:sdk/types@0.0.3": crate::script::api::types,
+            "host:sdk/tensors@0.0.3": crate::script::api::tensors,
+        },
+    });
+}
+
+use wit::exports::host::sdk::scoring;
+
+/// Reads, checks and configures a loss.
+pub fn open_loss(guest: &GuestRef, limits: &GuestLimits) -> Result<Box<dyn Loss>> {
+    LossGuest::load(guest, limits)?.open()
+}
+
+/// A loss guest that was read and checked.
+pub struct LossGuest {
+    guest: Guest,
+    digest: String,
+    blame: Blame,
+    settings: Vec<(String, types::Value)>,
+    limits: GuestLimits,
+}
+
+impl LossGuest {
+    pub fn load(guest: &GuestRef, limits: &GuestLimits) -> Result<Self> {
+        let content = guest::read(&guest.path, World::Loss)?;
+        let digest = digest(match &content {
+            Guest::Component(bytes) => bytes,
+            Guest::Script(text) => text.as_bytes(),
+        });
+        let blame = Blame { world: World::Loss, path: guest.path.clone(), place: None };
+        let settings = guest.settings.as_object().into_iter().flatten();
+        let settings =
+            settings.map(|(name, value)| Ok((name.clone(), setting(name, value)?))).collect::<Result<_>>()?;
+        Ok(Self { guest: content, digest, blame, settings, limits: limits.clone() })
+    }
+
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    pub fn open(self) -> Result<Box<dyn Loss>> {
+        let state = HostState::new(&self.blame.path.display().to_string(), &self.limits, StopFlag::default(), None);
+        match &self.guest {
+            Guest::Component(bytes) => ComponentLoss::open(bytes, state, &self),
+            Guest::Script(text) => ScriptLoss::open(text, state, &self),
+        }
+    }
+}
+
+fn setting(name: &str, value: &Json) -> Result<types::Value> {
+    use types::Value;
+    Ok(match value {
+        Json::Null => Value::None,
+        Json::Bool(flag) => Value::Flag(*flag),
+        Json::String(text) => Value::Text(text.clone()),
+        Json::Number(number) => match (number.as_i64(), number.as_f64()) {
+            (Some(int), _) => Value::Int(int),
+            (None, Some(num)) => Value::Num(num),
+            (None, None) => return Err(Error::config(format!("`loss.{name}` is out of range"))),
+        },
+        Json::Array(_) | Json::Object(_) => {
+            return Err(Error::config(format!("`loss.{name}` is a list or a section, and a loss takes single values")));
+        }
+    })
+}
+
+/// What a guest gave back is a loss, or what is wrong with it.
+fn checked(host: &mut HostState, sum: &Resource<TensorSlot>, weight: f64) -> HostResult<(Tensor, f64)> {
+    let sum = host.tensor(sum)?.shallow_clone();
+    let shape = sum.size();
+    if sum.numel() != 1 {
+        let message = format!("the sum of a loss is a tensor of one element, not one of shape {shape:?}");
+        return Err(HostError::guest(types::Code::Shape, message).hint("call `.sum()` on it"));
+    }
+    if !(weight.is_finite() && weight > 0.0) {
+        let message = format!("the weight of a loss must be a finite number above 0, not {weight}");
+        let hint = "give what the sum is summed over: the number of labels for a loss over label tokens";
+        return Err(HostError::guest(types::Code::Invalid, message).hint(hint));
+    }
+    Ok((sum, weight))
+}
+
+// ---- Components
+
+struct ComponentLoss {
+    store: Store<GuestData>,
+    loss: wit::Loss,
+    blame: Blame,
+}
+
+impl ComponentLoss {
+    fn open(bytes: &[u8], state: HostState, guest: &LossGuest) -> Result<Box<dyn Loss>> {
+        let path = &guest.blame.path;
+        let component = wasm::compile(path, bytes)?;
+        let mut linker = Linker::new(wasm::engine()?);
+        wasm::link_inert_wasi(&mut linker)
+            .and_then(|()| wit::Loss::add_to_linker::<_, HasSelf<HostState>>(&mut linker, |guest| &mut guest.host))
+            .map_err(|error| Error::bug("cannot link the SDK").cause(format!("{error:#}")))?;
+        let pre = linker.instantiate_pre(&component).and_then(wit::LossPre::new);
+        let pre = pre.map_err(|error| wasm::link_error(path, error))?;
+        let mut store = wasm::new_store(state, &guest.limits)?;
+        let blame = Blame { world: World::Loss, path: path.clone(), place: None };
+        let loss = match pre.instantiate(&mut store) {
+            Ok(loss) => loss,
+            Err(error) => return Err(wasm::explain(&blame, store.data_mut(), &error)),
+        };
+        let mut this = Self { store, loss, blame };
+        let setting =
+            |(name, value): &(String, types::Value)| scoring::Setting { name: name.clone(), value: value.clone() };
+        let settings: Vec<_> = guest.settings.iter().map(setting).collect();
+        this.store.data_mut().host.clock.restart();
+        let configured = this.loss.host_sdk_scoring().call_configure(&mut this.store, &settings);
+        this.ended(configured)?;
+        Ok(Box::new(this))
+    }
+
+    fn ended<T>(&mut self, outcome: wasmtime::Result<std::result::Result<T, types::Failure>>) -> Result<T> {
+        match outcome {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(failure)) => Err(self.blame.given_up(failure)),
+            Err(error) => Err(wasm::explain(&self.blame, self.store.data_mut(), &error)),
+        }
+    }
+
+    fn ended_host<T>(&mut self, result: HostResult<T>) -> Result<T> {
+        result.map_err(|error| ended_host(&self.blame, error))
+    }
+}
+
+fn ended_host(blame: &Blame, error: HostError) -> Error {
+    match error.into_failure() {
+        super::api::Failure::Run(error) => error,
+        super::api::Failure::Guest(mistake) => blame.mistake(mistake),
+    }
+}
+
+impl Loss for ComponentLoss {
+    fn compute(&mut self, logits: &Tensor, labels: &Tensor) -> Result<(Tensor, f64)> {
+        let host = &mut self.store.data_mut().host;
+        host.device = Some(logits.device());
+        host.begin_call();
+        let lent = [logits, labels].map(|tensor| host.lend(tensor));
+        let [logits, labels] = lent;
+        let (logits, labels) = (self.ended_host(logits)?, self.ended_host(labels)?);
+        let outcome = self.loss.host_sdk_scoring().call_compute(
+            &mut self.store,
+            Resource::new_borrow(logits.rep()),
+            Resource::new_borrow(labels.rep()),
+        );
+        let given = self.ended(outcome)?;
+        let host = &mut self.store.data_mut().host;
+        let loss = checked(host, &given.sum, given.weight);
+        for handle in [&given.sum, &logits, &labels] {
+            host.release(handle);
+        }
+        host.end_call();
+        self.ended_host(loss)
+    }
+}
+
+// ---- Scripts
+
+struct ScriptLoss {
+    engine: Engine,
+    shared: Shared,
+    script: AST,
+    settings: Option<Map>,
+    blame: Blame,
+}
+
+impl ScriptLoss {
+    fn open(text: &str, state: HostState, guest: &LossGuest) -> Result<Box<dyn Loss>> {
+        let path = &guest.blame.path;
+        let (engine, shared) = loss_engine(state, &guest.limits);
+        let script = parse(path, text, &engine)?;
+        let takes = |count: usize| script.iter_functions().any(|f| f.name == "loss" && f.params.len() == count);
+        let settings: Map =
+            guest.settings.iter().map(|(name, value)| (name.as_str().into(), in_rhai(value.clone()))).collect();
+        let settings = match (takes(2), takes(3)) {
+            (_, true) => Some(settings),
+            (true, false) if settings.is_empty() => None,
+            (true, false) => {
+                let keys = host::error::quoted(settings.keys());
+                return Err(Error::config(format!(
+                    "the loss `{}` takes no settings, and was given {keys}",
+                    path.display()
+                ))
+                .hint("define `fn loss(logits, labels, settings)` to take them, or remove the keys"));
+            }
+            (false, false) => {
+                return Err(Error::config(format!("the script `{}` is not a loss", path.display()))
+                    .cause("it has no function `loss(logits, labels)`, and none with `settings` as third")
+                    .hint("it gives back `#{ sum: …, weight: … }`"));
+            }
+        };
+        let blame = Blame { world: World::Loss, path: path.clone(), place: None };
+        Ok(Box::new(Self { engine, shared, script, settings, blame }))
+    }
+
+    fn call(&mut self, logits: &Tensor, labels: &Tensor) -> Result<(Tensor, f64)> {
+        use super::rhai::Convert;
+        let lend = |tensor: &Tensor| {
+            let lent = self.shared.borrow_mut().lend(tensor);
+            lent.map(|handle| Dynamic::from(handle.to_rhai(&self.shared)))
+                .map_err(|error| ended_host(&self.blame, error))
+        };
+        let mut arguments = vec![lend(logits)?, lend(labels)?];
+        arguments.extend(self.settings.clone().map(Dynamic::from));
+        let options = CallFnOptions::new().eval_ast(true);
+        let outcome: std::result::Result<Dynamic, _> =
+            self.engine.call_fn_with_options(options, &mut Scope::new(), &self.script, "loss", arguments);
+        let given = outcome.map_err(|error| explain(&self.blame, &mut self.shared.borrow_mut(), &error))?;
+        let wrong = |found: &str| {
+            let cause = format!("`loss` gave back {found}, not a sum and a weight");
+            self.blame.error().cause(cause).hint("give back `#{ sum: …, weight: … }`: a tensor, and a number")
+        };
+        let kind = self.engine.map_type_name(given.type_name());
+        let given = given.try_cast::<Map>().ok_or_else(|| wrong(&format!("a value of type {kind}")))?;
+        let sum = given.get("sum").and_then(|sum| sum.clone().try_cast::<Handle<tensors::Tensor>>());
+        let sum = sum.ok_or_else(|| wrong("a map without a tensor `sum`"))?;
+        let weight = given
+            .get("weight")
+            .and_then(|weight| weight.as_float().ok().or_else(|| weight.as_int().ok().map(|weight| weight as f64)));
+        let weight = weight.ok_or_else(|| wrong("a map without a number `weight`"))?;
+        let loss = checked(&mut self.shared.borrow_mut(), &sum.resource(), weight);
+        loss.map_err(|error| ended_host(&self.blame, error))
+    }
+}
+
+impl Loss for ScriptLoss {
+    fn compute(&mut self, logits: &Tensor, labels: &Tensor) -> Result<(Tensor, f64)> {
+        self.shared.borrow_mut().device = Some(logits.device());
+        self.shared.borrow_mut().begin_call();
+        let loss = self.call(logits, labels);
+        self.shared.borrow_mut().end_call();
+        loss
+    }
+}
+
+fn in_rhai(value: types::Value) -> Dynamic {
+    match value {
+        types::Value::None => Dynamic::UNIT,
+        types::Value::Flag(flag) => flag.into(),
+        types::Value::Int(int) => int.into(),
+        types::Value::Num(num) => num.into(),
+        types::Value::Text(text) => text.into(),
+    }
+}
+
+fn loss_engine(state: HostState, limits: &GuestLimits) -> (Engine, Shared) {
+    let mut front = Front::new(state, limits);
+    rhai_generated::register_types(&mut front);
+    rhai_generated::register_tensors(&mut front);
+    front.finish()
+}
