@@ -217,7 +217,7 @@ fn missing_sections() {
 
     error: the key `model` is missing
       --> c.yaml:1:1
-    hint: `model: {_component_: llama}`: what to train
+    hint: `model: {_component_: lora_llama}`: what to train
 
     error: the key `checkpointer` is missing
       --> c.yaml:1:1

@@ -12,6 +12,7 @@ mod faults;
 mod gguf_fixture;
 mod hub;
 mod mistakes;
+mod preview;
 mod results;
 mod sequence;
 mod soak;

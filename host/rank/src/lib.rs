@@ -12,6 +12,7 @@ pub mod logits;
 pub mod metrics;
 pub mod model;
 pub mod optim;
+pub mod preview;
 pub mod script;
 pub mod torch;
 pub mod train;

@@ -8,7 +8,7 @@ use host::config::plan::{GeneratePlan, Plan};
 use host::error::Kind;
 use host::worker::{self, StopFlag, WorkerEnv};
 use host::{Error, Result};
-use host_rank::{generate, logits, script};
+use host_rank::{generate, logits, preview, script};
 
 fn main() -> ExitCode {
     if let Err(error) = WorkerEnv::die_with_launcher() {
@@ -66,6 +66,10 @@ fn start(plan: &Path, env: &WorkerEnv) -> Result<()> {
             script::train(*plan, env, stop)
         }
         Plan::Generate(plan) => generate(&plan, env, &stop),
+        Plan::Preview(plan) => {
+            logging("INFO", env);
+            preview::run(&plan)
+        }
     })?
 }
 

@@ -27,9 +27,20 @@ pub fn check(plan: &Plan, config: &Config) -> Result<Vec<Notice>> {
             findings.model(&plan.model);
             findings.tokenizer(&plan.tokenizer, &plan.model.checkpoint_dir);
         }
+        Plan::Preview(_) => {}
     }
-    let Findings { errors, notices, .. } = findings;
-    Error::all(errors).map_or(Ok(notices), Err)
+    findings.end()
+}
+
+/// The same for what makes samples of rows; `key` is `dataset` or `dataset_val`.
+pub fn check_data(plan: &TrainPlan, key: &'static str, config: &Config) -> Result<Vec<Notice>> {
+    let mut findings = Findings { config, errors: vec![], notices: vec![] };
+    findings.tokenizer(&plan.tokenizer, &plan.model.checkpoint_dir);
+    let datasets = if key == "dataset" { &plan.dataset } else { &plan.dataset_val };
+    for (section, dataset) in config.sections(key).zip(datasets) {
+        findings.dataset(&section, dataset);
+    }
+    findings.end()
 }
 
 struct Findings<'a> {
@@ -39,6 +50,10 @@ struct Findings<'a> {
 }
 
 impl Findings<'_> {
+    fn end(self) -> Result<Vec<Notice>> {
+        Error::all(self.errors).map_or(Ok(self.notices), Err)
+    }
+
     /// Adds an error, the config's line first.
     fn add(&mut self, key: &str, mut error: Error) {
         error.locations.insert(0, self.config.locate(key));

@@ -12,6 +12,7 @@ mod hub_data;
 mod import;
 mod keys;
 mod ls;
+mod preview;
 mod run;
 mod shipped;
 mod torchrun;
@@ -28,6 +29,7 @@ Examples:
   host cp smollm2/135M_lora_summarize my.yaml
   host download meta-llama/Llama-3.2-1B-Instruct --output-dir model
   host validate configs/smollm2/135M_lora_summarize.yaml
+  host preview --config my.yaml                       what rows become, and what carries loss
   host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
   host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
   host run generate --config smollm2/135M_generate prompt.user='Some text'
@@ -51,6 +53,7 @@ enum Verb {
     Cp(cp::Args),
     Cat(cat::Args),
     Keys(keys::Args),
+    Preview(preview::Args),
     Download(download::Args),
     Import(import::Args),
     Doctor(doctor::Args),
@@ -66,6 +69,7 @@ pub fn dispatch(cli: Cli) -> Result<()> {
         Some(Verb::Cp(args)) => cp::run(&args),
         Some(Verb::Cat(args)) => cat::run(&args),
         Some(Verb::Keys(args)) => keys::run(&args),
+        Some(Verb::Preview(args)) => preview::run(&args),
         Some(Verb::Download(args)) => download::run(&args),
         Some(Verb::Import(args)) => import::run(&args),
         Some(Verb::Doctor(args)) => doctor::run(&args),

@@ -63,11 +63,7 @@ pub fn run(args: &Args) -> Result<()> {
             .hint("leave `--nproc` out"));
     }
     let options = args.torchrun.options()?;
-    if let Some(dir) = &options.logs.dir {
-        let model = match &plan {
-            Plan::Train(plan) => &plan.model,
-            Plan::Generate(plan) => &plan.model,
-        };
+    if let (Some(dir), Some(model)) = (&options.logs.dir, plan.model()) {
         check::check_output(dir, &model.checkpoint_dir, "give another with `--log-dir FOLDER`")?;
     }
     launch::run(&plan, nproc, &options)

@@ -9,12 +9,46 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::template::Role;
 
-/// What one `host run` does.
+/// What one `host run`, or `host preview`, does.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Plan {
     Train(Box<TrainPlan>),
     Generate(Box<GeneratePlan>),
+    Preview(Box<PreviewPlan>),
+}
+
+impl Plan {
+    /// The model that it opens, if it opens one.
+    pub fn model(&self) -> Option<&ModelPlan> {
+        match self {
+            Self::Train(plan) => Some(&plan.model),
+            Self::Generate(plan) => Some(&plan.model),
+            Self::Preview(_) => None,
+        }
+    }
+}
+
+/// What a data set's first rows become: `host preview`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PreviewPlan {
+    pub datasets: Vec<DatasetPlan>,
+    pub tokenizer: TokenizerPlan,
+    pub limits: GuestLimits,
+    /// Rows of each data set.
+    pub rows: usize,
+    pub style: PreviewStyle,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PreviewStyle {
+    /// What carries loss stands in brackets.
+    Plain,
+    /// What carries loss is green.
+    Colour,
+    /// An object a line.
+    Json,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -252,7 +252,11 @@ fn there_is(role: Role) -> String {
 }
 
 fn example(role: Role) -> &'static str {
-    registry::usable(role).next().unwrap_or("name")
+    match role {
+        // What trains, and generates too.
+        Role::Model => "lora_llama",
+        _ => registry::usable(role).next().unwrap_or("name"),
+    }
 }
 
 pub fn join(path: &str, name: &str) -> String {

@@ -22,4 +22,5 @@ pub use batches::{BatchLayout, MicroBatch, microbatches};
 pub use encode::{Encoder, encode_prompt, encode_text};
 pub use order::Order;
 pub use samples::{IGNORE_INDEX, Piece, Report, Sample, SampleRef, Tokenized};
-pub use tokenize::prepare;
+pub use source::Place;
+pub use tokenize::{Made, prepare, preview};

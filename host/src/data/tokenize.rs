@@ -35,6 +35,22 @@ pub fn prepare(
     Tokenized::concatenated(parts).ok_or_else(|| Error::bug("a run without a data set"))
 }
 
+/// A row's sample; none where the template leaves the row out; or why the row is bad.
+pub type Made = Result<Option<Encoded>, String>;
+
+/// What becomes of the first `count` rows of a data set, and where each stands. Nothing is cached.
+pub fn preview(
+    plan: &DatasetPlan,
+    tokenizer_plan: &TokenizerPlan,
+    tokenizer: &Tokenizer,
+    templates: &Templates,
+    count: usize,
+) -> Result<Vec<(Place, Made)>> {
+    let encoder = Encoder { tokenizer, max_seq_len: tokenizer_plan.max_seq_len, train_on_input: plan.train_on_input };
+    let mut rows = Rows::new(select_pieces(plan)?, Wanted::of(&plan.rows));
+    Worker::open(plan, encoder, templates)?.outcomes(0, rows.take(count)?)
+}
+
 /// Reads, templates and tokenises a data set, or takes it from the cache. What takes long shows a bar on stderr.
 fn one(
     plan: &DatasetPlan,
@@ -275,15 +291,7 @@ impl<'t> Worker<'t> {
     fn batch(&mut self, index: usize, source_rows: Vec<SourceRow>) -> Result<Batch> {
         let mut batch =
             Batch { samples: Samples::default(), report: Report::default(), num_rows: source_rows.len() as u64 };
-        let (mut places, mut rows) = (vec![], vec![]);
-        for row in source_rows {
-            let read = row.cells.map(|cells| rows.push(cells));
-            places.push((row.place, read));
-        }
-        let made = self.make((index * BATCH_ROWS) as u64, rows)?;
-        let mut made = made.into_iter();
-        for (place, read) in places {
-            let made = read.and_then(|()| made.next().unwrap_or_else(|| Err("the template said nothing".to_owned())));
+        for (place, made) in self.outcomes((index * BATCH_ROWS) as u64, source_rows)? {
             match made {
                 Ok(Some(encoded)) => batch.keep(&encoded),
                 Ok(None) => batch.report.left_out += 1,
@@ -293,8 +301,23 @@ impl<'t> Worker<'t> {
         Ok(batch)
     }
 
+    /// What became of each row, in order.
+    fn outcomes(&mut self, first_id: u64, source_rows: Vec<SourceRow>) -> Result<Vec<(Place, Made)>> {
+        let (mut places, mut rows) = (vec![], vec![]);
+        for row in source_rows {
+            let read = row.cells.map(|cells| rows.push(cells));
+            places.push((row.place, read));
+        }
+        let mut made = self.make(first_id, rows)?.into_iter();
+        let outcome = |(place, read): (Place, Result<(), String>)| {
+            let mut next = || made.next().unwrap_or_else(|| Err("the template said nothing".to_owned()));
+            (place, read.and_then(|()| next()))
+        };
+        Ok(places.into_iter().map(outcome).collect())
+    }
+
     /// A sample for each row; none where the template leaves the row out; or why the row is bad.
-    fn make(&mut self, first_id: u64, rows: Vec<Vec<SourceCell>>) -> Result<Vec<Result<Option<Encoded>, String>>> {
+    fn make(&mut self, first_id: u64, rows: Vec<Vec<SourceCell>>) -> Result<Vec<Made>> {
         let encoder = &self.encoder;
         Ok(match &mut self.maker {
             Maker::Texts { add_eos } => {

@@ -218,6 +218,11 @@ impl Tokenizer {
         self.inner.decode(ids, true).map_err(|error| self.decode_error(error))
     }
 
+    /// The text of `ids`, special tokens by their names.
+    pub fn show(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, false).map_err(|error| self.decode_error(error))
+    }
+
     /// Decodes one token at a time, for text that is shown while it is made.
     pub fn stream(&self) -> StreamDecoder<'_> {
         StreamDecoder { tokenizer: self, ids: vec![], prefix: String::new(), prefix_index: 0 }

@@ -1,6 +1,6 @@
 //! A training plan from its guests to the end of its run.
 
-use host::config::plan::{DatasetPlan, GuestRef, TrainPlan};
+use host::config::plan::{DatasetPlan, GuestLimits, GuestRef, TokenizerPlan, TrainPlan};
 use host::data::template::Templates;
 use host::worker::{StopFlag, WorkerEnv};
 use host::{Error, Result};
@@ -17,8 +17,8 @@ pub fn train(plan: TrainPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
     let loss = loss.map(|loss| loss.open()).transpose()?;
     let inputs = Inputs {
         env: env.clone(),
-        templates: templates(&plan.dataset, &plan)?,
-        templates_val: templates(&plan.dataset_val, &plan)?,
+        templates: templates(&plan.dataset, &plan.tokenizer, &plan.limits)?,
+        templates_val: templates(&plan.dataset_val, &plan.tokenizer, &plan.limits)?,
         stop: stop.clone(),
         recipe_digest: digest,
         loss,
@@ -34,11 +34,11 @@ pub fn train(plan: TrainPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
 }
 
 /// The templates of each data set: its own, and the tokenizer section's.
-fn templates(datasets: &[DatasetPlan], plan: &TrainPlan) -> Result<Vec<Templates>> {
-    let open = |guest: &GuestRef| open_template(guest, &plan.limits);
+pub fn templates(datasets: &[DatasetPlan], tokenizer: &TokenizerPlan, limits: &GuestLimits) -> Result<Vec<Templates>> {
+    let open = |guest: &GuestRef| open_template(guest, limits);
     let of = |dataset: &DatasetPlan| {
         let own = dataset.rows.template().map(|own| open(&own.guest)).transpose()?;
-        Ok(Templates { own, prompt: plan.tokenizer.prompt_template.as_ref().map(open).transpose()? })
+        Ok(Templates { own, prompt: tokenizer.prompt_template.as_ref().map(open).transpose()? })
     };
     datasets.iter().map(of).collect()
 }

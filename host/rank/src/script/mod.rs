@@ -31,7 +31,7 @@ use host::worker::StopFlag;
 use guest::{Blame, Guest, World};
 
 pub use guest::SDK_VERSION;
-pub use job::train;
+pub use job::{templates, train};
 pub use loss::open_loss;
 pub use template::open_template;
 pub use training::{BatchInfo, Training};
