@@ -23,6 +23,7 @@ fn without_a_verb_it_helps() {
       cat          Prints a config
       keys         Says what a config may contain: every key with its default, and what becomes of it
       preview      Shows what rows become: text, tokens, and which of them carry loss
+      check        Looks at a recipe, a template or a loss without running it
       download     Fetches a model or a data set from the Hugging Face hub
       import       Turns a GGUF model into a Hugging Face folder
       doctor       Shows what this machine has for a run, and what is wrong with it
@@ -37,6 +38,7 @@ fn without_a_verb_it_helps() {
       host cp smollm2/135M_lora_summarize my.yaml
       host download meta-llama/Llama-3.2-1B-Instruct --output-dir model
       host validate configs/smollm2/135M_lora_summarize.yaml
+      host check my_template.rhai                         a guest, without running it
       host preview --config my.yaml                       what rows become, and what carries loss
       host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
       host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'

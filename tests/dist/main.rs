@@ -4,6 +4,7 @@
 //! die or are interrupted, what a run leaves on disk, and what a worker says of bad input.
 
 mod case;
+mod check;
 mod configs;
 mod ends;
 mod faults;

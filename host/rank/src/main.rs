@@ -70,6 +70,7 @@ fn start(plan: &Path, env: &WorkerEnv) -> Result<()> {
             logging("INFO", env);
             preview::run(&plan)
         }
+        Plan::Check(plan) => script::check(&plan),
     })?
 }
 

@@ -1,13 +1,12 @@
 //! `host preview`: rows as the model will see them, printed.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 
+use host::Result;
 use host::config::plan::{PreviewPlan, PreviewStyle};
 use host::data::encode::Encoded;
 use host::data::{self, Made, Place};
 use host::tokenizer::Tokenizer;
-use host::{Error, Result};
 use serde_json::json;
 
 use crate::script;
@@ -21,12 +20,7 @@ pub fn run(plan: &PreviewPlan) -> Result<()> {
     for (dataset, templates) in plan.datasets.iter().zip(&templates) {
         for (place, made) in data::preview(dataset, &plan.tokenizer, &tokenizer, templates, plan.rows)? {
             let text = shown(&place, &made, &tokenizer, plan.style)?;
-            let written = writeln!(std::io::stdout().lock(), "{text}");
-            match written {
-                // `host preview … | head`
-                Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
-                written => written.map_err(|error| Error::run("cannot write to standard output").cause(error))?,
-            }
+            host::cli::ui::out(&text)?;
         }
     }
     Ok(())

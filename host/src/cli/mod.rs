@@ -4,6 +4,7 @@
 
 mod cat;
 mod check;
+mod check_guest;
 mod completions;
 mod cp;
 mod doctor;
@@ -29,6 +30,7 @@ Examples:
   host cp smollm2/135M_lora_summarize my.yaml
   host download meta-llama/Llama-3.2-1B-Instruct --output-dir model
   host validate configs/smollm2/135M_lora_summarize.yaml
+  host check my_template.rhai                         a guest, without running it
   host preview --config my.yaml                       what rows become, and what carries loss
   host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
   host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
@@ -54,6 +56,7 @@ enum Verb {
     Cat(cat::Args),
     Keys(keys::Args),
     Preview(preview::Args),
+    Check(check_guest::Args),
     Download(download::Args),
     Import(import::Args),
     Doctor(doctor::Args),
@@ -70,6 +73,7 @@ pub fn dispatch(cli: Cli) -> Result<()> {
         Some(Verb::Cat(args)) => cat::run(&args),
         Some(Verb::Keys(args)) => keys::run(&args),
         Some(Verb::Preview(args)) => preview::run(&args),
+        Some(Verb::Check(args)) => check_guest::run(&args),
         Some(Verb::Download(args)) => download::run(&args),
         Some(Verb::Import(args)) => import::run(&args),
         Some(Verb::Doctor(args)) => doctor::run(&args),

@@ -10,7 +10,7 @@ pub mod plan;
 pub mod registry;
 pub mod resolve;
 mod section;
-pub(crate) mod suggest;
+pub mod suggest;
 mod verify;
 mod yaml;
 

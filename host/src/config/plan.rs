@@ -9,13 +9,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::template::Role;
 
-/// What one `host run`, or `host preview`, does.
+/// What one `host run` does, or another verb that needs a worker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Plan {
     Train(Box<TrainPlan>),
     Generate(Box<GeneratePlan>),
     Preview(Box<PreviewPlan>),
+    Check(CheckPlan),
 }
 
 impl Plan {
@@ -24,9 +25,16 @@ impl Plan {
         match self {
             Self::Train(plan) => Some(&plan.model),
             Self::Generate(plan) => Some(&plan.model),
-            Self::Preview(_) => None,
+            Self::Preview(_) | Self::Check(_) => None,
         }
     }
+}
+
+/// A guest file to look at without running it: `host check`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CheckPlan {
+    pub path: PathBuf,
+    pub json: bool,
 }
 
 /// What a data set's first rows become: `host preview`.

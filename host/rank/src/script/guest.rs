@@ -36,6 +36,10 @@ const INERT_WASI: &[&str] = &[
     "wasi:random/insecure-seed",
 ];
 
+/// What a component of each world exports.
+const WORLDS: [(World, &str); 3] =
+    [(World::Recipe, "main"), (World::Template, "host:sdk/rows"), (World::Loss, "host:sdk/scoring")];
+
 /// What a guest is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum World {
@@ -52,6 +56,18 @@ impl World {
             Self::Loss => "loss",
         }
     }
+}
+
+/// The world that a component is of, by what it exports; none where it is of none, or no component.
+pub fn world_of(bytes: &[u8]) -> Option<World> {
+    let surface = surface(bytes).ok()?;
+    let exports = |needed: &str| surface.exports.iter().any(|name| split_version(name).0 == needed);
+    WORLDS.iter().find(|(_, needed)| exports(needed)).map(|(world, _)| *world)
+}
+
+/// What a component asks of its host.
+pub fn imports_of(bytes: &[u8]) -> Vec<String> {
+    surface(bytes).map(|surface| surface.imports).unwrap_or_default()
 }
 
 /// A guest's content.
@@ -182,8 +198,6 @@ fn check_versions(path: &Path, surface: &Surface, world: World) -> Result<()> {
 }
 
 fn check_world(path: &Path, surface: &Surface, world: World) -> Result<()> {
-    const WORLDS: [(World, &str); 3] =
-        [(World::Recipe, "main"), (World::Template, "host:sdk/rows"), (World::Loss, "host:sdk/scoring")];
     let exports = |needed: &str| surface.exports.iter().any(|name| split_version(name).0 == needed);
     let needed = WORLDS.iter().find(|(of, _)| *of == world).map_or("main", |(_, needed)| needed);
     if exports(needed) {

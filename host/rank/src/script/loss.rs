@@ -273,7 +273,7 @@ fn in_rhai(value: types::Value) -> Dynamic {
     }
 }
 
-fn loss_engine(state: HostState, limits: &GuestLimits) -> (Engine, Shared) {
+pub fn loss_engine(state: HostState, limits: &GuestLimits) -> (Engine, Shared) {
     let mut front = Front::new(state, limits);
     rhai_generated::register_types(&mut front);
     rhai_generated::register_tensors(&mut front);

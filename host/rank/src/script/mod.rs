@@ -7,6 +7,7 @@
 //! collectives run inside its calls.
 
 pub mod api;
+mod check;
 pub mod guest;
 mod handles;
 mod job;
@@ -30,6 +31,7 @@ use host::worker::StopFlag;
 
 use guest::{Blame, Guest, World};
 
+pub use check::check;
 pub use guest::SDK_VERSION;
 pub use job::{templates, train};
 pub use loss::open_loss;

@@ -303,7 +303,7 @@ pub fn signatures() -> Vec<String> {
     template_engine(HostState::new("", &limits, StopFlag::default(), None), &limits).0.gen_fn_signatures(false)
 }
 
-fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Shared) {
+pub fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Shared) {
     let mut front = Front::new(state, limits);
     rhai_generated::register_types(&mut front);
     for role in Role::ALL {

@@ -1,0 +1,33 @@
+//! `host check`: a guest file, looked at without running it.
+
+use std::path::PathBuf;
+
+use crate::config::plan::{CheckPlan, Plan};
+use crate::error::Result;
+use crate::launch::{self, LaunchOptions};
+
+const EXAMPLES: &str = "\
+Examples:
+  host check my_recipe.rhai
+  host check downloaded.wasm
+  host check --json my_template.wasm | jq .imports
+
+Nothing of the guest is run. A component is turned away that imports more than guests get, or another SDK; a script that
+cannot be parsed, or calls what there is not.";
+
+/// Looks at a recipe, a template or a loss without running it
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// A .wasm or .rhai file
+    file: PathBuf,
+
+    /// Print what is found as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let plan = CheckPlan { path: args.file.clone(), json: args.json };
+    launch::run(&Plan::Check(plan), 1, &LaunchOptions::default())
+}

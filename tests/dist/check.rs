@@ -1,0 +1,122 @@
+//! `host check`: guests, looked at without running them.
+
+use insta::assert_snapshot;
+
+use crate::case::{Case, Ended, root};
+
+fn check(case: &Case, file: &str) -> Ended {
+    Ended::of(&mut case.host(&["check", file]))
+}
+
+#[test]
+fn what_is_shipped_is_fine() {
+    let case = Case::new();
+    let mut files: Vec<String> = vec!["guests/focal.wasm".into(), "examples/own_loss/focal.rhai".into()];
+    for folder in ["recipes", "templates", "scripts/recipes", "scripts/templates", "examples/own_template"] {
+        let names = std::fs::read_dir(root().join(folder)).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let guests = names.filter(|name| name.ends_with(".wasm") || name.ends_with(".rhai"));
+        files.extend(guests.map(|name| format!("{folder}/{name}")));
+    }
+    assert!(files.len() > 15, "{files:?}");
+    for file in files {
+        let ended = check(&case, &file);
+        let kind = if file.contains("recipes") {
+            "recipe"
+        } else if file.contains("focal") {
+            "loss"
+        } else {
+            "template"
+        };
+        assert_eq!(ended.code, 0, "{file}: {}", ended.stderr);
+        assert!(ended.stdout.starts_with(&format!("{file}: a {kind}, ")), "{}", ended.stdout);
+    }
+}
+
+#[test]
+fn what_it_says() {
+    let case = Case::new();
+    case.write(
+        "mine.rhai",
+        "fn loss(logits, labels) { #{ sum: own(logits).sum(), weight: 1 } }\nfn own(x) { x.exp() }\n",
+    );
+    let said = check(&case, "mine.rhai").stdout;
+    let digest = said.lines().find_map(|line| line.strip_prefix("digest     ")).unwrap().to_owned();
+    assert_eq!(digest.len(), 64);
+    assert_snapshot!(said.replace(&digest, "DIGEST"), @"
+    mine.rhai: a loss, Rhai script, 89 bytes
+    digest     DIGEST
+    host:sdk   0.0.3
+    functions  own(x)
+               loss(logits, labels)
+    ");
+    let json = Ended::of(&mut case.host(&["check", "--json", "guests/focal.wasm"])).stdout;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((json["kind"].as_str(), json["form"].as_str()), (Some("loss"), Some("Wasm component")));
+    assert!(json["imports"].as_array().unwrap().iter().any(|name| name == "host:sdk/tensors@0.0.3"));
+}
+
+#[test]
+fn what_is_wrong_is_said_by_line() {
+    let case = Case::new();
+    case.write(
+        "wrong.rhai",
+        "fn loss(logits, labels) {
+    let p = logits.log_softmx(-1);
+    let q = p.gather(1);
+    host::opn();
+    helper(q, q, q);
+    #{ sum: q.sum(), weight: labels.shape[0] }
+}
+fn helper(x) { x }
+",
+    );
+    assert_snapshot!(check(&case, "wrong.rhai").report(), @"
+    exit 2
+    error: there is no function `log_softmx`
+      --> wrong.rhai:2:20
+    hint: did you mean `log_softmax`?
+
+    error: `gather` is given 1 argument, and takes 2
+      --> wrong.rhai:3:15
+
+    error: there is no function `host::opn`
+      --> wrong.rhai:4:11
+    hint: did you mean `host::log`?
+
+    error: `helper` is given 3 arguments, and takes 1
+      --> wrong.rhai:5:5
+    ");
+    case.write("render.rhai", "fn render(row) { [user(row.a), host::open()] }");
+    assert_snapshot!(check(&case, "render.rhai").report(), @"
+    exit 2
+    error: there is no function `host::open`
+      --> render.rhai:1:38
+    hint: `sdk/REFERENCE.md` lists what there is
+    ");
+    case.write("broken.rhai", "let run = host::open(;");
+    assert_snapshot!(check(&case, "broken.rhai").report(), @"
+    exit 2
+    error: cannot read the script `broken.rhai`
+      --> broken.rhai:1:22
+    cause: Unexpected ';'
+    ");
+    case.write("core.wasm", b"\0asm\x01\0\0\0");
+    assert_snapshot!(check(&case, "core.wasm").report(), @"
+    exit 2
+    error: the recipe `core.wasm` is a core Wasm module, not a component
+    hint: build it with `cargo build --target wasm32-wasip2`
+    ");
+    assert_snapshot!(check(&case, "guests/wants_files.wasm").report(), @"
+    exit 2
+    error: the recipe `guests/wants_files.wasm` wants `wasi:filesystem/types`, which guests do not get
+    cause: it imports `wasi:filesystem/types`, `wasi:filesystem/preopens`, `wasi:clocks/wall-clock`
+    hint: a guest has no files: remove what uses `std::fs`; data comes as rows, settings from the config
+    ");
+    assert_snapshot!(check(&case, "absent.rhai").report(), @"
+    exit 2
+    error: cannot read the recipe `absent.rhai`
+    cause: No such file or directory (os error 2)
+    hint: `host ls` lists the recipes; `cargo xtask build` builds the shipped ones
+    ");
+}
