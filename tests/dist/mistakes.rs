@@ -177,6 +177,34 @@ for step in run.steps() {
     assert_eq!(case.log("out"), [0.0; 0]);
 }
 
+/// A loss that is no number on one rank: that rank and its samples are named.
+#[test]
+fn a_loss_that_is_no_number() {
+    let case = Case::new();
+    // The first batch of rank 1 has other labels than those of rank 0.
+    let told = "fn loss(logits, labels) { throw `${labels.numbers()}` }";
+    case.write("tells.rhai", told);
+    let told = fails(&case, WASM, &["--nproc", "2", "loss={_component_: tells.rhai}", "~dataset_val"]);
+    let labels = told.lines().find_map(|line| line.split_once("threw ")).expect(&told).1.to_owned();
+    case.write(
+        "nan.rhai",
+        format!(
+            "fn loss(logits, labels) {{
+    let bad = if `${{labels.numbers()}}` == \"{labels}\" {{ 1e30 }} else {{ 0.0 }};
+    let zero = (logits - logits).sum();
+    #{{ sum: logits.logsumexp(-1).sum() + zero / (zero + 1.0 - (bad / 1e30)), weight: labels.shape[0] }}
+}}"
+        ),
+    );
+    let report = fails(&case, WASM, &["--nproc", "2", "loss={_component_: nan.rhai}", "~dataset_val"]);
+    assert_snapshot!(report.replace("(rank 1)", "(rank R)").replace("(rank 0)", "(rank R)"), @"
+    exit 1
+    error: the loss of step 1 is NaN (rank R)
+    cause: it became so in the batch of samples 13, 79 of the data set, counted from 0
+    hint: lower `optimizer.lr`, or train in `dtype: fp32`; the newest checkpoint is untouched
+    ");
+}
+
 /// What one rank opened differs from what rank 0 did, as on a machine with another copy of things.
 #[test]
 fn ranks_that_open_different_things() {

@@ -250,10 +250,20 @@ fn docs(contents: &Option<String>) -> Vec<&str> {
 fn operator(name: &str) -> Option<&'static str> {
     Some(match name {
         "add" | "add_scalar" => "+",
-        "sub" => "-",
+        "sub" | "sub_scalar" => "-",
         "mul" | "mul_scalar" => "*",
-        "div" => "/",
+        "div" | "div_scalar" => "/",
         "neg" => "-",
+        _ => return None,
+    })
+}
+
+/// The operator with a number on its left that is another spelling of a method.
+fn left_operator(name: &str) -> Option<&'static str> {
+    Some(match name {
+        "add_scalar" => "+",
+        "rsub_scalar" => "-",
+        "mul_scalar" => "*",
         _ => return None,
     })
 }
@@ -414,6 +424,16 @@ impl Surface<'_> {
                 self.registration(call, &integer, operator, out)?;
             }
         }
+        if let Some(operator) = left_operator(&call.name) {
+            for (shown, rust, value) in [("float", "f64", "value"), ("int", "INT", "value as f64")] {
+                let _ = writeln!(
+                    out,
+                    "    front.method(\"{operator}\", &[\"value: {shown}\", \"self: Tensor\", \"Tensor\"], |value: {rust}, this: Handle<{}>| this.call(|host| {}(host, this.resource(), {value})));",
+                    self.owner(call)?,
+                    self.host_function(call)?,
+                );
+            }
+        }
         if let Some(iterator) = iterator(call) {
             let item = match &call.gives {
                 Some(Type::Id(id)) => match &self.resolve.types[*id].kind {
@@ -557,6 +577,13 @@ impl Surface<'_> {
                         params.join(", ")
                     );
                 }
+                if let Some(operator) = left_operator(&call.name) {
+                    let _ = writeln!(
+                        target,
+                        "\n{indent}/// `{}` as an operator, the number first.\n{indent}op {operator}(value: float, self: Tensor) -> {gives};",
+                        call.name,
+                    );
+                }
                 if let Some(iterator) = iterator(&call) {
                     let _ = writeln!(
                         target,
@@ -600,7 +627,8 @@ How WIT reads in Rhai:
 | `option` that is none | `()` |
 | variant whose cases differ in type | the value itself |
 | an `error` | thrown: `try { … } catch (e) { e.code; e.message; e.hint }` |
-| `add` `sub` `mul` `div` `neg`, `add-scalar`, `mul-scalar` | also `+ - * /`, unary `-` |
+| `add` `sub` `mul` `div` `neg`, and with a number `add-scalar` `sub-scalar` `mul-scalar` `div-scalar` | also `+ - * /`, unary `-` |
+| `add-scalar` `rsub-scalar` `mul-scalar` | also `+ - *` with the number first: `1.0 - x` |
 
 In Rust (`host-sdk`) the names are the same in snake case, an error is an `Err`, operators take references and give a
 `Result`, and `run.steps()`, `step.batches()` are iterators of `Result`s.

@@ -30,9 +30,9 @@ macro_rules! operator {
 }
 
 operator!(Add, add, add_scalar);
-operator!(Sub, sub);
+operator!(Sub, sub, sub_scalar);
 operator!(Mul, mul, mul_scalar);
-operator!(Div, div);
+operator!(Div, div, div_scalar);
 
 impl Neg for &Tensor {
     type Output = Result<Tensor>;

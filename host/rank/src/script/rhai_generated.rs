@@ -126,10 +126,26 @@ pub fn register_tensors(front: &mut Front) {
     front.method("+", &["self: Tensor", "value: float", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: f64| this.call(|host| tensors::HostTensor::add_scalar(host, this.resource(), value)));
     front.method("add_scalar", &["self: Tensor", "value: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: INT| this.call(|host| tensors::HostTensor::add_scalar(host, this.resource(), value as f64)));
     front.method("+", &["self: Tensor", "value: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: INT| this.call(|host| tensors::HostTensor::add_scalar(host, this.resource(), value as f64)));
+    front.method("+", &["value: float", "self: Tensor", "Tensor"], |value: f64, this: Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::add_scalar(host, this.resource(), value)));
+    front.method("+", &["value: int", "self: Tensor", "Tensor"], |value: INT, this: Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::add_scalar(host, this.resource(), value as f64)));
+    front.method("sub_scalar", &["self: Tensor", "value: float", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: f64| this.call(|host| tensors::HostTensor::sub_scalar(host, this.resource(), value)));
+    front.method("-", &["self: Tensor", "value: float", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: f64| this.call(|host| tensors::HostTensor::sub_scalar(host, this.resource(), value)));
+    front.method("sub_scalar", &["self: Tensor", "value: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: INT| this.call(|host| tensors::HostTensor::sub_scalar(host, this.resource(), value as f64)));
+    front.method("-", &["self: Tensor", "value: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: INT| this.call(|host| tensors::HostTensor::sub_scalar(host, this.resource(), value as f64)));
+    front.method("rsub_scalar", &["self: Tensor", "value: float", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: f64| this.call(|host| tensors::HostTensor::rsub_scalar(host, this.resource(), value)));
+    front.method("rsub_scalar", &["self: Tensor", "value: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: INT| this.call(|host| tensors::HostTensor::rsub_scalar(host, this.resource(), value as f64)));
+    front.method("-", &["value: float", "self: Tensor", "Tensor"], |value: f64, this: Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::rsub_scalar(host, this.resource(), value)));
+    front.method("-", &["value: int", "self: Tensor", "Tensor"], |value: INT, this: Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::rsub_scalar(host, this.resource(), value as f64)));
+    front.method("div_scalar", &["self: Tensor", "value: float", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: f64| this.call(|host| tensors::HostTensor::div_scalar(host, this.resource(), value)));
+    front.method("/", &["self: Tensor", "value: float", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: f64| this.call(|host| tensors::HostTensor::div_scalar(host, this.resource(), value)));
+    front.method("div_scalar", &["self: Tensor", "value: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: INT| this.call(|host| tensors::HostTensor::div_scalar(host, this.resource(), value as f64)));
+    front.method("/", &["self: Tensor", "value: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: INT| this.call(|host| tensors::HostTensor::div_scalar(host, this.resource(), value as f64)));
     front.method("mul_scalar", &["self: Tensor", "value: float", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: f64| this.call(|host| tensors::HostTensor::mul_scalar(host, this.resource(), value)));
     front.method("*", &["self: Tensor", "value: float", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: f64| this.call(|host| tensors::HostTensor::mul_scalar(host, this.resource(), value)));
     front.method("mul_scalar", &["self: Tensor", "value: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: INT| this.call(|host| tensors::HostTensor::mul_scalar(host, this.resource(), value as f64)));
     front.method("*", &["self: Tensor", "value: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, value: INT| this.call(|host| tensors::HostTensor::mul_scalar(host, this.resource(), value as f64)));
+    front.method("*", &["value: float", "self: Tensor", "Tensor"], |value: f64, this: Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::mul_scalar(host, this.resource(), value)));
+    front.method("*", &["value: int", "self: Tensor", "Tensor"], |value: INT, this: Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::mul_scalar(host, this.resource(), value as f64)));
     front.method("pow_scalar", &["self: Tensor", "exponent: float", "Tensor"], |this: &mut Handle<tensors::Tensor>, exponent: f64| this.call(|host| tensors::HostTensor::pow_scalar(host, this.resource(), exponent)));
     front.method("pow_scalar", &["self: Tensor", "exponent: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, exponent: INT| this.call(|host| tensors::HostTensor::pow_scalar(host, this.resource(), exponent as f64)));
     front.method("clamp", &["self: Tensor", "min: float", "max: float", "Tensor"], |this: &mut Handle<tensors::Tensor>, min: f64, max: f64| this.call(|host| tensors::HostTensor::clamp(host, this.resource(), min, max)));
@@ -251,6 +267,9 @@ pub const SIGNATURES: &[(&str, &str)] = &[
     ("minimum", "tensor.minimum(other)"),
     ("maximum", "tensor.maximum(other)"),
     ("add_scalar", "tensor.add_scalar(value)"),
+    ("sub_scalar", "tensor.sub_scalar(value)"),
+    ("rsub_scalar", "tensor.rsub_scalar(value)"),
+    ("div_scalar", "tensor.div_scalar(value)"),
     ("mul_scalar", "tensor.mul_scalar(value)"),
     ("pow_scalar", "tensor.pow_scalar(exponent)"),
     ("clamp", "tensor.clamp(min, max)"),

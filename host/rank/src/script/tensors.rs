@@ -214,7 +214,10 @@ impl tensors::HostTensor for HostState {
 
     with_scalar! {
         add_scalar: |x, value| x.f_add_scalar(value),
+        sub_scalar: |x, value| x.f_sub_scalar(value),
+        rsub_scalar: |x, value| x.f_neg()?.f_add_scalar(value),
         mul_scalar: |x, value| x.f_mul_scalar(value),
+        div_scalar: |x, value| x.f_div_scalar(value),
         pow_scalar: |x, value| x.f_pow_tensor_scalar(value),
         eq_scalar: |x, value| x.f_eq(value),
         lt_scalar: |x, value| x.f_lt(value),

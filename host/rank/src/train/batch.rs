@@ -16,6 +16,8 @@ pub struct DeviceBatch {
     pub labels: Tensor,      // [L]
     pub num_labels: i64,
     pub num_tokens: i64,
+    /// Its samples, by their number in the data set.
+    pub samples: Vec<u32>,
     dropout_keys: Option<Tensor>, // [T]
 }
 
@@ -37,6 +39,7 @@ impl DeviceBatch {
             labels: on_device(&batch.labels),
             num_labels: batch.labels.len() as i64,
             num_tokens: batch.num_real_tokens as i64,
+            samples: batch.sample_ids.clone(),
             dropout_keys: dropout.map(|seed| on_device(&keys(batch, seed))),
         }
     }

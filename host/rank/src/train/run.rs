@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::adapter::LoraAdapter;
 use crate::checkpoint::{Position, ResumeState, Saver};
-use crate::dist::Group;
+use crate::dist::{self, Group};
 use crate::metrics::{self, Curve, Progress, Recorder, StepMetrics};
 use crate::model::{Llama, Weights};
 use crate::optim::{AdamW, Schedule};
@@ -142,7 +142,7 @@ impl Run {
         let started = Instant::now();
         let waiting = VecDeque::from(self.microbatches());
         let sums = Sums::zero(self.parts.device);
-        self.step = Some(StepState { waiting, current: None, next_key: 0, sums, started });
+        self.step = Some(StepState { waiting, current: None, next_key: 0, sums, losses: vec![], started });
         Ok(true)
     }
 
@@ -199,7 +199,8 @@ impl Run {
     pub(super) fn loss_of(&self, batch: &DeviceBatch) -> Result<(Tensor, f64)> {
         match &self.parts.loss {
             Some(loss) if batch.num_labels > 0 => {
-                loss.borrow_mut().compute(&batch.logits(&self.parts.model)?, &batch.labels)
+                let made = loss.borrow_mut().compute(&batch.logits(&self.parts.model)?, &batch.labels);
+                made.map_err(|error| error.cause(format!("it was at step {}", self.parts.position.step + 1)))
             }
             _ => {
                 let sum = batch.loss_sum(&self.parts.model, self.chunk_rows(batch.num_labels))?;
@@ -224,6 +225,8 @@ impl Run {
     pub fn backward(&mut self, sum: &Tensor, weight: f64) -> Result<()> {
         let step = self.step.as_mut().ok_or_else(no_step)?;
         step.sums.add_loss(sum, weight);
+        let samples = step.current.as_ref().map(|(_, batch)| batch.samples.clone());
+        step.losses.push((samples.unwrap_or_default(), sum.detach()));
         // Nothing to learn from a batch without labels; its sum has no graph.
         if sum.requires_grad() {
             host_ffi::grad::backward(sum).torch("compute gradients")?;
@@ -244,7 +247,16 @@ impl Run {
         let totals = self.reduce(&step.sums)?;
         let loss = totals.mean_loss();
         if !loss.is_finite() {
-            return Err(Error::run(format!("the loss of step {} is {loss}", self.parts.position.step + 1))
+            let is_number = |(_, sum): &&(Vec<u32>, Tensor)| {
+                sum.to_kind(Kind::Double).sum(Kind::Double).double_value(&[]).is_finite()
+            };
+            let what = format!("the loss of step {} is {loss}", self.parts.position.step + 1);
+            let Some((samples, _)) = step.losses.iter().find(|batch| !is_number(batch)) else {
+                return Err(dist::stopped(format!("{what} on another rank")));
+            };
+            let samples = samples.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+            return Err(Error::run(what)
+                .cause(format!("it became so in the batch of samples {samples} of the data set, counted from 0"))
                 .hint("lower `optimizer.lr`, or train in `dtype: fp32`; the newest checkpoint is untouched"));
         }
         let grad_norm = self.update()?;

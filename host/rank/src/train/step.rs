@@ -16,6 +16,8 @@ pub struct StepState {
     pub current: Option<(u64, DeviceBatch)>,
     pub next_key: u64,
     pub sums: Sums,
+    /// The sum of each backward and the samples it is of, looked at when the step's loss is no number.
+    pub losses: Vec<(Vec<u32>, Tensor)>,
     pub started: Instant,
 }
 

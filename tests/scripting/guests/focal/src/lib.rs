@@ -13,7 +13,7 @@ impl Loss for Focal {
 
     fn compute(&self, logits: &Tensor, labels: &Tensor) -> Result<WeightedLoss> {
         let log_p = logits.log_softmax(-1)?.gather(-1, &labels.unsqueeze(-1)?)?.squeeze(-1)?;
-        let unsure = log_p.exp()?.neg()?.add_scalar(1.0)?;
+        let unsure = log_p.exp()?.rsub_scalar(1.0)?;
         let sum = unsure.pow_scalar(self.gamma)?.mul(&log_p)?.sum()?.neg()?;
         Ok(WeightedLoss { sum, weight: labels.shape()[0] as f64 })
     }
