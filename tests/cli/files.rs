@@ -116,7 +116,7 @@ fn a_loss_that_is_not_one() {
     --- stderr
     error: `loss.gamma` must be one value, found a list
       --> command line
-    hint: a guest's settings are numbers, texts and flags
+    hint: a guest's settings are finite numbers, texts and flags
     ");
     assert_snapshot!(case.validate(&["loss={_component_: focal}"]), @"
     exit 2

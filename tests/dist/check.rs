@@ -47,8 +47,8 @@ fn what_it_says() {
     mine.rhai: a loss, Rhai script, 89 bytes
     digest     DIGEST
     host:sdk   0.0.3
-    functions  own(x)
-               loss(logits, labels)
+    functions  loss(logits, labels)
+               own(x)
     ");
     let json = Ended::of(&mut case.host(&["check", "--json", "guests/focal.wasm"])).stdout;
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
@@ -94,6 +94,19 @@ fn helper(x) { x }
       --> render.rhai:1:38
     hint: `sdk/REFERENCE.md` lists what there is
     ");
+    // A recipe with a helper of a loss's name, and a function in a map, are fine.
+    case.write(
+        "fine.rhai",
+        "let run = host::open();
+let named = #{ twice: |x| x * 2 };
+for step in run.steps() {
+    for batch in step.batches() { let l = loss(run.model, batch); step.backward(l.sum, l.weight + named.twice(0)); }
+    step.finish();
+}
+fn loss(model, batch) { model.loss(batch) }
+",
+    );
+    assert_eq!(check(&case, "fine.rhai").code, 0);
     case.write("broken.rhai", "let run = host::open(;");
     assert_snapshot!(check(&case, "broken.rhai").report(), @"
     exit 2
@@ -115,7 +128,7 @@ fn helper(x) { x }
     ");
     assert_snapshot!(check(&case, "absent.rhai").report(), @"
     exit 2
-    error: cannot read the recipe `absent.rhai`
+    error: cannot read the guest `absent.rhai`
     cause: No such file or directory (os error 2)
     hint: `host ls` lists the recipes; `cargo xtask build` builds the shipped ones
     ");

@@ -51,6 +51,13 @@ fn the_example_is_libtorchs_in_both_fronts() {
     }
 }
 
+fn with_text(text: &str) -> Box<dyn host_rank::train::Loss> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("loss.rhai");
+    std::fs::write(&path, text).unwrap();
+    open_loss(&guest(path.to_str().unwrap()), &tight()).unwrap()
+}
+
 /// What `text` as a loss with `settings` says to a batch.
 fn failure(text: &str, settings: Value) -> String {
     let dir = tempfile::tempdir().unwrap();
@@ -84,14 +91,24 @@ fn what_is_no_loss() {
     cause: the sum of a loss is a tensor of one element, not one of shape [5, 7]
     hint: call `.sum()` on it
     ");
+    let constant = "fn loss(logits, labels) { #{ sum: logits.detach().sum(), weight: 1 } }";
+    assert_snapshot!(failure(constant, json!({})), @"
+    error: loss `[DIR]/loss.rhai` failed
+    cause: the sum has no gradient: nothing of the scores went into it
+    hint: build it from `logits`, without `detach`
+    ");
+    // Tokens that none of this batch is of weigh nothing, and are no mistake.
+    let mut none = with_text("fn loss(logits, labels) { #{ sum: logits.sum() * 0, weight: 0 } }");
+    let (scores, labels) = batch();
+    assert_eq!(none.compute(&scores, &labels).unwrap().1, 0.0);
     assert_snapshot!(failure("fn loss(logits, labels) { #{ sum: logits.sum() } }", json!({})), @"
     error: loss `[DIR]/loss.rhai` failed
     cause: `loss` gave back a map without a number `weight`, not a sum and a weight
     hint: give back `#{ sum: …, weight: … }`: a tensor, and a number
     ");
-    assert_snapshot!(failure("fn loss(logits, labels) { #{ sum: logits.sum(), weight: 0 } }", json!({})), @"
+    assert_snapshot!(failure("fn loss(logits, labels) { #{ sum: logits.sum(), weight: -1 } }", json!({})), @"
     error: loss `[DIR]/loss.rhai` failed
-    cause: the weight of a loss must be a finite number above 0, not 0
+    cause: the weight of a loss must be a finite number, not below 0, and is -1
     hint: give what the sum is summed over: the number of labels for a loss over label tokens
     ");
     assert_snapshot!(failure("fn loss(logits, labels, settings) { settings.gama }", json!({ "gamma": 2 })), @"

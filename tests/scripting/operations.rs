@@ -62,7 +62,7 @@ const OPERATIONS: &[Operation] = &[
     ("cumsum", "x.cumsum(0) * x", |x, _, _| x.cumsum(0, None::<Kind>) * x),
     ("matmul", "x.matmul(x.unsqueeze(-1))", |x, _, _| x.matmul(&x.unsqueeze(-1))),
     ("gather", "x.gather(1, labels.unsqueeze(1))", |x, labels, _| x.gather(1, &labels.unsqueeze(1), false)),
-    ("index_select", "x.index_select(1, labels)", |x, labels, _| x.index_select(1, labels)),
+    ("index_select", "x.index_select(1, (labels + 1) * 2 - labels - 2)", |x, labels, _| x.index_select(1, labels)),
     ("select", "x.select(1, -2)", |x, _, _| x.select(1, -2)),
     ("narrow", "x.narrow(1, -3, 2)", |x, _, _| x.narrow(1, -3, 2)),
     ("cat", "x.cat(positive, 1)", |x, _, positive| Tensor::cat(&[x, positive], 1)),

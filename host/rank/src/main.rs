@@ -84,7 +84,7 @@ fn generate(plan: &GeneratePlan, env: &WorkerEnv, stop: &StopFlag) -> Result<()>
 /// Logs go to stderr; the launcher labels the lines of ranks other than 0.
 fn logging(level: &str, env: &WorkerEnv) {
     let level = level.parse().unwrap_or(tracing::Level::INFO);
-    let directives = format!("host={level},host_rank={level}");
+    let directives = format!("host={level},host_rank={level},guest={level}");
     let filter = tracing_subscriber::EnvFilter::try_from_env("HOST_LOG").unwrap_or_else(|_| directives.into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)

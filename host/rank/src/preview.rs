@@ -41,7 +41,11 @@ fn spans(sample: &Encoded) -> Vec<(&[u32], bool)> {
 
 fn shown(place: &Place, made: &Made, tokenizer: &Tokenizer, style: PreviewStyle) -> Result<String> {
     let sample = match made {
-        Ok(Some(sample)) => sample,
+        // The first token follows none, so nothing can learn to say it.
+        Ok(Some(sample)) => &Encoded {
+            trained: sample.trained.iter().enumerate().map(|(index, trained)| index > 0 && *trained).collect(),
+            ..sample.clone()
+        },
         other => {
             let (outcome, why) = match other {
                 Err(why) => ("bad", why.as_str()),

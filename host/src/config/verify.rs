@@ -222,11 +222,15 @@ impl Verifier<'_> {
     /// A guest's own keys, of which only the guest knows what they mean.
     fn settings(&mut self, node: &Node, path: &str) -> bool {
         let is_single = |entry: &&Entry| matches!(entry.value.tree, Tree::Scalar(_) | Tree::Broken);
-        let found: Vec<&Entry> = node.entries().iter().filter(|entry| !is_single(entry)).collect();
+        let is_finite = |entry: &Entry| entry.value.to_value().as_f64().is_none_or(f64::is_finite);
+        let is_wrong = |entry: &&Entry| !is_single(entry) || !is_finite(entry);
+        let found: Vec<&Entry> = node.entries().iter().filter(is_wrong).collect();
         for entry in &found {
             let what = format!("`{}` must be one value, found {}", join(path, &entry.key), entry.value.describe());
             self.fail(
-                self.config.error(entry.value.mark, what).hint("a guest's settings are numbers, texts and flags"),
+                self.config
+                    .error(entry.value.mark, what)
+                    .hint("a guest's settings are finite numbers, texts and flags"),
             );
         }
         found.is_empty()

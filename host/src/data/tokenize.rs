@@ -46,9 +46,17 @@ pub fn preview(
     templates: &Templates,
     count: usize,
 ) -> Result<Vec<(Place, Made)>> {
+    check_length(tokenizer_plan.max_seq_len)?;
     let encoder = Encoder { tokenizer, max_seq_len: tokenizer_plan.max_seq_len, train_on_input: plan.train_on_input };
     let mut rows = Rows::new(select_pieces(plan)?, Wanted::of(&plan.rows));
     Worker::open(plan, encoder, templates)?.outcomes(0, rows.take(count)?)
+}
+
+fn check_length(max_seq_len: Option<usize>) -> Result<()> {
+    if max_seq_len.is_some_and(|limit| limit < 2) {
+        return Err(Error::config("`tokenizer.max_seq_len` is below 2, which leaves nothing to learn"));
+    }
+    Ok(())
 }
 
 /// Reads, templates and tokenises a data set, or takes it from the cache. What takes long shows a bar on stderr.
@@ -60,9 +68,7 @@ fn one(
 ) -> Result<Tokenized> {
     let max_seq_len = tokenizer_plan.max_seq_len;
     let encoder = Encoder { tokenizer, max_seq_len, train_on_input: plan.train_on_input };
-    if max_seq_len.is_some_and(|limit| limit < 2) {
-        return Err(Error::config("`tokenizer.max_seq_len` is below 2, which leaves nothing to learn"));
-    }
+    check_length(max_seq_len)?;
     let pieces = select_pieces(plan)?;
     let cache = Cache::new(&plan.cache_dir, &cache_key(plan, &pieces, &encoder, templates));
     // Held to the end: whoever waits here finds the file written.

@@ -111,6 +111,8 @@ struct Turn {
     /// A micro-batch the run gave and the guest has not taken yet.
     waiting: Option<BatchInfo>,
     all_taken: bool,
+    /// The run's own loss of the batch in hand weighs nothing: none of its tokens counts.
+    weighs_nothing: bool,
 }
 
 /// One guest's side of the host: its handles, its run, its log and its clock.
@@ -196,7 +198,8 @@ impl HostState {
     /// Begins a call that a guest without a run is given: its tensors die with it.
     pub(super) fn begin_call(&mut self) {
         self.turns += 1;
-        self.turn = Some(Turn { number: self.turns, batch: None, waiting: None, all_taken: true });
+        self.turn =
+            Some(Turn { number: self.turns, batch: None, waiting: None, all_taken: true, weighs_nothing: false });
         self.clock.restart();
     }
 
@@ -332,7 +335,8 @@ impl training::HostRun for HostState {
         }
         self.clock.restart();
         self.turns += 1;
-        self.turn = Some(Turn { number: self.turns, batch: None, waiting: None, all_taken: false });
+        self.turn =
+            Some(Turn { number: self.turns, batch: None, waiting: None, all_taken: false, weighs_nothing: false });
         Ok(Some(self.steps.insert(Step { turn: self.turns })))
     }
 
@@ -373,6 +377,9 @@ impl training::HostModel for HostState {
     fn loss(&mut self, _model: Resource<Model>, batch: Resource<Batch>) -> HostResult<training::WeightedLoss> {
         let key = self.batch_key(&batch)?;
         let (sum, weight) = self.in_training(|training| training.loss(key))?;
+        if let Some(turn) = &mut self.turn {
+            turn.weighs_nothing = weight == 0.0;
+        }
         Ok(training::WeightedLoss { sum: self.keep(sum)?, weight })
     }
 
@@ -436,7 +443,7 @@ impl training::HostStep for HostState {
             return Err(HostError::guest(types::Code::Invalid, "`backward` came before any batch was taken")
                 .hint("take a batch with `step.next_batch()` first"));
         };
-        let no_labels = batch.num_labels == 0;
+        let no_labels = batch.num_labels == 0 || self.turn(&step)?.weighs_nothing;
         if !(weight.is_finite() && (weight > 0.0 || (weight == 0.0 && no_labels))) {
             return Err(HostError::guest(
                 types::Code::Invalid,

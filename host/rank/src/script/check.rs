@@ -19,14 +19,15 @@ use super::wasm;
 pub fn check(plan: &CheckPlan) -> Result<()> {
     let path = &plan.path;
     // Told apart first; what is of no world is read as a recipe, whose errors say so.
-    let bytes = std::fs::read(path).unwrap_or_default();
+    let bytes = guest::bytes_of(path, "guest")?;
     let script = (!bytes.starts_with(b"\0asm")).then(|| String::from_utf8_lossy(&bytes).into_owned());
     let world = match &script {
         Some(text) => world_of_script(text),
         None => guest::world_of(&bytes),
     };
     let world = world.unwrap_or(World::Recipe);
-    let guest = guest::read(path, world)?;
+    let (digest, size) = (digest(&bytes), bytes.len());
+    let guest = guest::of_bytes(path, bytes, world)?;
     let (form, imports, functions) = match &guest {
         Guest::Component(bytes) => {
             wasm::compile(path, bytes)?;
@@ -37,13 +38,13 @@ pub fn check(plan: &CheckPlan) -> Result<()> {
             let script = parse(path, text, &engine)?;
             check_calls(path, &engine, &script)?;
             let functions = script.iter_functions().map(|f| format!("{}({})", f.name, f.params.join(", ")));
-            ("Rhai script", vec![], functions.collect())
+            // They come in an order that changes.
+            ("Rhai script", vec![], functions.collect::<BTreeSet<_>>().into_iter().collect())
         }
     };
-    let digest = digest(&bytes);
     let text = if plan.json {
         json!({
-            "file": path, "kind": world.noun(), "form": form, "bytes": bytes.len(), "digest": digest, "sdk": SDK_VERSION,
+            "file": path, "kind": world.noun(), "form": form, "bytes": size, "digest": digest, "sdk": SDK_VERSION,
             "imports": imports, "functions": functions,
         })
         .to_string()
@@ -52,7 +53,7 @@ pub fn check(plan: &CheckPlan) -> Result<()> {
             "{}: a {}, {form}, {} bytes\ndigest     {digest}\nhost:sdk   {SDK_VERSION}",
             path.display(),
             world.noun(),
-            bytes.len()
+            size
         );
         for (name, list) in [("imports", &imports), ("functions", &functions)] {
             for (index, item) in list.iter().enumerate() {
@@ -70,6 +71,18 @@ fn world_of_script(text: &str) -> Option<World> {
     let defines = |name: &str, counts: &[usize]| {
         script.iter_functions().any(|function| function.name == name && counts.contains(&function.params.len()))
     };
+    // A recipe may have helpers of those names.
+    let mut main = script.clone();
+    main.clear_functions();
+    let mut opens = false;
+    main.walk(&mut |nodes: &[ASTNode<'_>]| {
+        opens |= matches!(nodes.last(), Some(ASTNode::Expr(Expr::FnCall(call, _)) | ASTNode::Stmt(Stmt::FnCall(call, _)))
+            if call.name == "open" && !call.namespace.is_empty());
+        true
+    });
+    if opens {
+        return Some(World::Recipe);
+    }
     if defines("render", &[1]) {
         return Some(World::Template);
     }
@@ -100,6 +113,14 @@ fn check_calls(path: &std::path::Path, engine: &Engine, script: &AST) -> Result<
     for name in ["call", "curry", "is_shared", "type_of", "is_def_var", "is_def_fn", "Fn", "print", "debug", "eval"] {
         known.entry(name.to_owned()).or_default().extend(0..8);
     }
+    // A function in a map is called as a method is.
+    let mut keys = BTreeSet::new();
+    script.walk(&mut |nodes: &[ASTNode<'_>]| {
+        if let Some(ASTNode::Expr(Expr::Map(map, _))) = nodes.last() {
+            keys.extend(map.0.iter().map(|(key, _)| key.name.to_string()));
+        }
+        true
+    });
     let mut mistakes = vec![];
     script.walk(&mut |nodes: &[ASTNode<'_>]| {
         let (call, is_method, position) = match nodes.last() {
@@ -121,13 +142,20 @@ fn check_calls(path: &std::path::Path, engine: &Engine, script: &AST) -> Result<
             script.iter_functions().filter(|function| function.name == name).map(|function| function.params.len());
         let host = known.get(&name).into_iter().flatten().map(|count| count.saturating_sub(usize::from(is_method)));
         let counts: BTreeSet<usize> = own.chain(host).collect();
-        if counts.contains(&given) {
+        if counts.contains(&given) || (is_method && keys.contains(&name)) {
             return true;
         }
         let error = if counts.is_empty() {
             let error = Error::config(format!("there is no function `{name}`"));
             let own = script.iter_functions().map(|function| function.name);
-            match host::config::suggest::nearest(&name, known.keys().map(String::as_str).chain(own)) {
+            match host::config::suggest::nearest(
+                &name,
+                known
+                    .keys()
+                    .map(String::as_str)
+                    .filter(|name| name.starts_with(|c: char| c.is_alphabetic()))
+                    .chain(own),
+            ) {
                 Some(near) => error.hint(format!("did you mean `{near}`?")),
                 None => error.hint("`sdk/REFERENCE.md` lists what there is"),
             }

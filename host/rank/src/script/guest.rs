@@ -78,7 +78,11 @@ pub enum Guest {
 
 /// Reads a guest file and says what it is, by content.
 pub fn read(path: &Path, world: World) -> Result<Guest> {
-    let noun = world.noun();
+    of_bytes(path, bytes_of(path, world.noun())?, world)
+}
+
+/// The bytes of a file that may be a guest.
+pub fn bytes_of(path: &Path, noun: &str) -> Result<Vec<u8>> {
     let cannot = |cause: String| Error::config(format!("cannot read the {noun} `{}`", path.display())).cause(cause);
     let metadata = std::fs::metadata(path).map_err(|error| {
         let hint = match error.kind() {
@@ -92,11 +96,20 @@ pub fn read(path: &Path, world: World) -> Result<Guest> {
     if !metadata.is_file() {
         return Err(cannot("it is not a file".into()));
     }
-    let too_large = |limit: u64| cannot(format!("it has {} bytes, and a guest may have {limit}", metadata.len()));
     if metadata.len() > MAX_COMPONENT_BYTES {
-        return Err(too_large(MAX_COMPONENT_BYTES));
+        return Err(too_large(path, noun, metadata.len(), MAX_COMPONENT_BYTES));
     }
-    let bytes = std::fs::read(path).map_err(|error| cannot(error.to_string()))?;
+    std::fs::read(path).map_err(|error| cannot(error.to_string()))
+}
+
+fn too_large(path: &Path, noun: &str, bytes: u64, limit: u64) -> Error {
+    Error::config(format!("cannot read the {noun} `{}`", path.display()))
+        .cause(format!("it has {bytes} bytes, and a guest may have {limit}"))
+}
+
+/// What a guest file's bytes are, and that they may be used.
+pub fn of_bytes(path: &Path, bytes: Vec<u8>, world: World) -> Result<Guest> {
+    let noun = world.noun();
     if bytes.starts_with(b"\0asm") {
         check_component(path, &bytes, world)?;
         return Ok(Guest::Component(bytes));
@@ -105,7 +118,7 @@ pub fn read(path: &Path, world: World) -> Result<Guest> {
     match String::from_utf8(bytes) {
         Ok(text) if !named_wasm && !text.contains('\0') => {
             if text.len() as u64 > MAX_SCRIPT_BYTES {
-                return Err(too_large(MAX_SCRIPT_BYTES));
+                return Err(too_large(path, noun, text.len() as u64, MAX_SCRIPT_BYTES));
             }
             Ok(Guest::Script(text))
         }

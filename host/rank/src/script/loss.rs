@@ -91,15 +91,24 @@ fn setting(name: &str, value: &Json) -> Result<types::Value> {
 }
 
 /// What a guest gave back is a loss, or what is wrong with it.
-fn checked(host: &mut HostState, sum: &Resource<TensorSlot>, weight: f64) -> HostResult<(Tensor, f64)> {
+fn checked(
+    host: &mut HostState,
+    sum: &Resource<TensorSlot>,
+    weight: f64,
+    needs_gradient: bool,
+) -> HostResult<(Tensor, f64)> {
     let sum = host.tensor(sum)?.shallow_clone();
     let shape = sum.size();
     if sum.numel() != 1 {
         let message = format!("the sum of a loss is a tensor of one element, not one of shape {shape:?}");
         return Err(HostError::guest(types::Code::Shape, message).hint("call `.sum()` on it"));
     }
-    if !(weight.is_finite() && weight > 0.0) {
-        let message = format!("the weight of a loss must be a finite number above 0, not {weight}");
+    if needs_gradient && weight > 0.0 && !sum.requires_grad() {
+        let message = "the sum has no gradient: nothing of the scores went into it";
+        return Err(HostError::guest(types::Code::Invalid, message).hint("build it from `logits`, without `detach`"));
+    }
+    if !(weight.is_finite() && weight >= 0.0) {
+        let message = format!("the weight of a loss must be a finite number, not below 0, and is {weight}");
         let hint = "give what the sum is summed over: the number of labels for a loss over label tokens";
         return Err(HostError::guest(types::Code::Invalid, message).hint(hint));
     }
@@ -162,6 +171,7 @@ fn ended_host(blame: &Blame, error: HostError) -> Error {
 
 impl Loss for ComponentLoss {
     fn compute(&mut self, logits: &Tensor, labels: &Tensor) -> Result<(Tensor, f64)> {
+        let needs_gradient = logits.requires_grad();
         let host = &mut self.store.data_mut().host;
         host.device = Some(logits.device());
         host.begin_call();
@@ -175,7 +185,7 @@ impl Loss for ComponentLoss {
         );
         let given = self.ended(outcome)?;
         let host = &mut self.store.data_mut().host;
-        let loss = checked(host, &given.sum, given.weight);
+        let loss = checked(host, &given.sum, given.weight, needs_gradient);
         for handle in [&given.sum, &logits, &labels] {
             host.release(handle);
         }
@@ -248,7 +258,7 @@ impl ScriptLoss {
             .get("weight")
             .and_then(|weight| weight.as_float().ok().or_else(|| weight.as_int().ok().map(|weight| weight as f64)));
         let weight = weight.ok_or_else(|| wrong("a map without a number `weight`"))?;
-        let loss = checked(&mut self.shared.borrow_mut(), &sum.resource(), weight);
+        let loss = checked(&mut self.shared.borrow_mut(), &sum.resource(), weight, logits.requires_grad());
         loss.map_err(|error| ended_host(&self.blame, error))
     }
 }

@@ -8,6 +8,8 @@ use std::time::Instant;
 use tch::{Device, Kind, TchError, Tensor};
 use wasmtime::component::Resource;
 
+use host::panics;
+
 use super::api::{HostError, HostResult, HostState, tensors, types, unknown_handle};
 
 /// The most elements a tensor made by a guest may have: 8 GiB of 32-bit floats.
@@ -30,16 +32,7 @@ impl HostState {
     pub(super) fn keep(&mut self, tensor: Tensor) -> HostResult<Resource<TensorSlot>> {
         self.check_handles()?;
         let bytes = self.tensor_bytes.saturating_add(bytes(&tensor));
-        if bytes > self.max_tensor_bytes {
-            let message = format!(
-                "a tensor of shape {:?} brings the guest's to {} MiB, and their limit is {} MiB",
-                tensor.size(),
-                bytes >> 20,
-                self.max_tensor_bytes >> 20
-            );
-            return Err(HostError::guest(types::Code::Limit, message)
-                .hint("call `step.backward` for each batch, which frees what led to its sum; `limits.tensors_mb` raises the limit"));
-        }
+        self.check_bytes(&tensor.size(), bytes)?;
         self.tensor_bytes = bytes;
         let arena = self.arena();
         Ok(self.tensors.insert(TensorSlot::Live { tensor, arena }))
@@ -86,15 +79,39 @@ impl HostState {
         self.tensors.remove(handle);
     }
 
+    /// Looks at the guest's limit before torch writes what exceeds it.
+    fn check_room(&self, shape: &[i64], bytes_each: usize) -> HostResult<()> {
+        let elements: i64 = shape.iter().product();
+        self.check_bytes(shape, self.tensor_bytes.saturating_add((elements as usize).saturating_mul(bytes_each)))
+    }
+
+    fn check_bytes(&self, shape: &[i64], bytes: usize) -> HostResult<()> {
+        if bytes <= self.max_tensor_bytes {
+            return Ok(());
+        }
+        let message = format!(
+            "a tensor of shape {shape:?} brings the guest's to {} MiB, and their limit is {} MiB",
+            bytes >> 20,
+            self.max_tensor_bytes >> 20
+        );
+        Err(HostError::guest(types::Code::Limit, message)
+            .hint("call `step.backward` for each batch, which frees what led to its sum; `limits.tensors_mb` raises the limit"))
+    }
+
     /// A tensor of no other, on the model's device.
     fn create(
         &mut self,
         name: &str,
+        shape: &[i64],
         make: impl FnOnce(Device) -> Result<Tensor, TchError>,
     ) -> HostResult<Resource<TensorSlot>> {
         let entered = Instant::now();
-        let device = self.device.ok_or_else(|| host::Error::bug("a guest without tensors made one"))?;
-        let made = make(device).map_err(|error| torch_error(name, &[], error))?;
+        self.check_room(shape, 8)?;
+        let Some(device) = self.device else {
+            return Err(HostError::guest(types::Code::Invalid, format!("`{name}` came before there is a model"))
+                .hint("a loss makes its tensors in `compute`; they die with the call"));
+        };
+        let made = attempt(name, &[], || make(device))?;
         self.clock.leave_host(entered);
         self.keep(made)
     }
@@ -107,7 +124,7 @@ impl HostState {
     ) -> HostResult<Resource<TensorSlot>> {
         let entered = Instant::now();
         let x = self.tensor(&x)?;
-        let result = op(x).map_err(|error| torch_error(name, &[x], error))?;
+        let result = attempt(name, &[x], || op(x))?;
         self.clock.leave_host(entered);
         self.keep(result)
     }
@@ -134,8 +151,10 @@ impl HostState {
     ) -> HostResult<Resource<TensorSlot>> {
         let entered = Instant::now();
         let (x, y) = (self.tensor(&x)?, self.tensor(&y)?);
-        check_elements(name, &shape(name, &x.size(), &y.size())?)?;
-        let result = op(x, y).map_err(|error| torch_error(name, &[x, y], error))?;
+        let shape = shape(name, &x.size(), &y.size())?;
+        check_elements(name, &shape)?;
+        self.check_room(&shape, x.kind().elt_size_in_bytes().max(y.kind().elt_size_in_bytes()))?;
+        let result = attempt(name, &[x, y], || op(x, y))?;
         self.clock.leave_host(entered);
         self.keep(result)
     }
@@ -213,15 +232,17 @@ impl tensors::HostTensor for HostState {
     }
 
     with_scalar! {
-        add_scalar: |x, value| x.f_add_scalar(value),
-        sub_scalar: |x, value| x.f_sub_scalar(value),
-        rsub_scalar: |x, value| x.f_neg()?.f_add_scalar(value),
-        mul_scalar: |x, value| x.f_mul_scalar(value),
+        add_scalar: |x, value| as_is(x, value, |x, i| x.f_add_scalar(i), |x, value| x.f_add_scalar(value)),
+        sub_scalar: |x, value| as_is(x, value, |x, i| x.f_sub_scalar(i), |x, value| x.f_sub_scalar(value)),
+        rsub_scalar: |x, value| {
+            as_is(&x.f_neg()?, value, |x, i| x.f_add_scalar(i), |x, value| x.f_add_scalar(value))
+        },
+        mul_scalar: |x, value| as_is(x, value, |x, i| x.f_mul_scalar(i), |x, value| x.f_mul_scalar(value)),
         div_scalar: |x, value| x.f_div_scalar(value),
         pow_scalar: |x, value| x.f_pow_tensor_scalar(value),
-        eq_scalar: |x, value| x.f_eq(value),
-        lt_scalar: |x, value| x.f_lt(value),
-        gt_scalar: |x, value| x.f_gt(value),
+        eq_scalar: |x, value| as_is(x, value, |x, i| x.f_eq(i), |x, value| x.f_eq(value)),
+        lt_scalar: |x, value| as_is(x, value, |x, i| x.f_lt(i), |x, value| x.f_lt(value)),
+        gt_scalar: |x, value| as_is(x, value, |x, i| x.f_gt(i), |x, value| x.f_gt(value)),
     }
 
     along! {
@@ -385,7 +406,7 @@ impl tensors::HostTensor for HostState {
         check_mask("choose", mask)?;
         let shape = broadcast("choose", &yes.size(), &no.size())?;
         check_elements("choose", &broadcast("choose", &mask.size(), &shape)?)?;
-        let result = yes.f_where_self(mask, no).map_err(|error| torch_error("choose", &[mask, yes, no], error))?;
+        let result = attempt("choose", &[mask, yes, no], || yes.f_where_self(mask, no))?;
         self.clock.leave_host(entered);
         self.keep(result)
     }
@@ -459,12 +480,12 @@ impl tensors::Host for HostState {
     fn full(&mut self, shape: Vec<i64>, value: f64) -> HostResult<Resource<TensorSlot>> {
         check_rank("full", shape.len())?;
         check_sizes("full", &shape)?;
-        self.create("full", |device| Tensor::f_full(&shape, value, (Kind::Float, device)))
+        self.create("full", &shape, |device| Tensor::f_full(&shape, value, (Kind::Float, device)))
     }
 
     fn arange(&mut self, end: i64) -> HostResult<Resource<TensorSlot>> {
         check_sizes("arange", &[end])?;
-        self.create("arange", |device| Tensor::f_arange(end, (Kind::Int64, device)))
+        self.create("arange", &[end], |device| Tensor::f_arange(end, (Kind::Int64, device)))
     }
 
     fn from_numbers(&mut self, values: Vec<f64>) -> HostResult<Resource<TensorSlot>> {
@@ -473,7 +494,7 @@ impl tensors::Host for HostState {
             return Err(HostError::guest(types::Code::Limit, message));
         }
         let values: Vec<f32> = values.into_iter().map(|value| value as f32).collect();
-        self.create("from_numbers", |device| Tensor::f_from_slice(&values)?.f_to_device(device))
+        self.create("from_numbers", &[values.len() as i64], |device| Tensor::f_from_slice(&values)?.f_to_device(device))
     }
 }
 
@@ -530,6 +551,31 @@ fn check_elements(name: &str, shape: &[i64]) -> HostResult<()> {
     Err(HostError::guest(types::Code::Limit, message))
 }
 
+/// An operation of integers and a whole number, as PyTorch keeps it: integers.
+fn as_is(
+    x: &Tensor,
+    value: f64,
+    of_integers: impl FnOnce(&Tensor, i64) -> Result<Tensor, TchError>,
+    of_floats: impl FnOnce(&Tensor, f64) -> Result<Tensor, TchError>,
+) -> Result<Tensor, TchError> {
+    const EXACT: f64 = 9_007_199_254_740_992.0; // 2^53
+    let is_whole = value.fract() == 0.0 && value.abs() < EXACT;
+    if is_whole && matches!(x.kind(), Kind::Int64 | Kind::Int) {
+        of_integers(x, value as i64)
+    } else {
+        of_floats(x, value)
+    }
+}
+
+/// An operation of torch's. Where it refuses, tch's wrapper of a number panics, and what it says is torch's reason too.
+fn attempt(name: &str, tensors: &[&Tensor], work: impl FnOnce() -> Result<Tensor, TchError>) -> HostResult<Tensor> {
+    let outcome = panics::caught(work).unwrap_or_else(|panic| {
+        let reason = panic.split_once("Torch(\"").map_or(panic.as_str(), |(_, reason)| reason);
+        Err(TchError::Torch(reason.split("\\n").next().unwrap_or(reason).to_owned()))
+    });
+    outcome.map_err(|error| torch_error(name, tensors, error))
+}
+
 /// The shape two shapes broadcast to.
 fn broadcast(name: &str, x: &[i64], y: &[i64]) -> HostResult<Vec<i64>> {
     let rank = x.len().max(y.len());
@@ -560,6 +606,11 @@ fn matmul_shape(name: &str, x: &[i64], y: &[i64]) -> HostResult<Vec<i64>> {
         return Err(mismatch());
     }
     let mut shape = broadcast(name, &x[..x.len().saturating_sub(2)], &y[..y.len().saturating_sub(2)])?;
+    // Both are written out to these before they are multiplied.
+    for (of, from) in [(x, rows), (y, columns)] {
+        let own = &of[of.len() - if from { 2 } else { 1 }..];
+        check_elements(name, &[&shape[..], own].concat())?;
+    }
     if rows {
         shape.push(x[x.len() - 2]);
     }

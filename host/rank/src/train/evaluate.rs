@@ -22,6 +22,7 @@ impl Run {
             Ok(())
         })?;
         parts.group.all_reduce_sum(&sums)?;
-        Ok(Some(sums.double_value(&[0]) / sums.double_value(&[1])))
+        let weight = sums.double_value(&[1]);
+        Ok((weight > 0.0).then(|| sums.double_value(&[0]) / weight))
     }
 }

@@ -76,7 +76,7 @@ fn apply(operation: &str, x: &Tensor, labels: &Tensor) -> Result<Tensor> {
         "cumsum" => x.cumsum(0)?.mul(x)?,
         "matmul" => x.matmul(&x.unsqueeze(-1)?)?,
         "gather" => x.gather(1, &labels.unsqueeze(1)?)?,
-        "index_select" => x.index_select(1, labels)?,
+        "index_select" => x.index_select(1, &labels.add_scalar(1.0)?.sub_scalar(1.0)?)?,
         "select" => x.select(1, -2)?,
         "narrow" => x.narrow(1, -3, 2)?,
         "cat" => x.cat(&positive, 1)?,
