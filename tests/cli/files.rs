@@ -423,6 +423,17 @@ fn an_output_behind_a_link_into_the_model() {
 }
 
 #[test]
+fn logs_in_the_models_folder() {
+    let run = ["run", "lora_distributed", "--config", "c.yaml", "--log-dir", "model/logs"];
+    assert_snapshot!(Case::new().host(&run), @"
+    exit 2
+    --- stderr
+    error: the output folder `model/logs` leads into the model's folder, which is never written to
+    hint: give another with `--log-dir FOLDER`
+    ");
+}
+
+#[test]
 fn an_adapter_that_is_not_there() {
     let generate = ["run", "generate", "--config", "c.yaml", "adapter_dir=absent"];
     assert_snapshot!(Case::with(GENERATE).host(&generate), @"

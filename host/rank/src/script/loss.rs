@@ -145,20 +145,8 @@ impl ComponentLoss {
         let settings: Vec<_> = guest.settings.iter().map(setting).collect();
         this.store.data_mut().host.clock.restart();
         let configured = this.loss.host_sdk_scoring().call_configure(&mut this.store, &settings);
-        this.ended(configured)?;
+        wasm::ended(&this.blame, &mut this.store, configured)?;
         Ok(Box::new(this))
-    }
-
-    fn ended<T>(&mut self, outcome: wasmtime::Result<std::result::Result<T, types::Failure>>) -> Result<T> {
-        match outcome {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(failure)) => Err(self.blame.given_up(failure)),
-            Err(error) => Err(wasm::explain(&self.blame, self.store.data_mut(), &error)),
-        }
-    }
-
-    fn ended_host<T>(&mut self, result: HostResult<T>) -> Result<T> {
-        result.map_err(|error| ended_host(&self.blame, error))
     }
 }
 
@@ -176,21 +164,22 @@ impl Loss for ComponentLoss {
         host.device = Some(logits.device());
         host.begin_call();
         let lent = [logits, labels].map(|tensor| host.lend(tensor));
+        let failed = |error| ended_host(&self.blame, error);
         let [logits, labels] = lent;
-        let (logits, labels) = (self.ended_host(logits)?, self.ended_host(labels)?);
+        let (logits, labels) = (logits.map_err(failed)?, labels.map_err(failed)?);
         let outcome = self.loss.host_sdk_scoring().call_compute(
             &mut self.store,
             Resource::new_borrow(logits.rep()),
             Resource::new_borrow(labels.rep()),
         );
-        let given = self.ended(outcome)?;
+        let given = wasm::ended(&self.blame, &mut self.store, outcome)?;
         let host = &mut self.store.data_mut().host;
         let loss = checked(host, &given.sum, given.weight, needs_gradient);
         for handle in [&given.sum, &logits, &labels] {
             host.release(handle);
         }
         host.end_call();
-        self.ended_host(loss)
+        loss.map_err(|error| ended_host(&self.blame, error))
     }
 }
 

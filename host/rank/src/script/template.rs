@@ -136,23 +136,12 @@ impl ComponentRows {
         work(self).inspect_err(|error| self.failure = Some(error.clone()))
     }
 
-    fn ended<T, F: Into<super::api::types::Failure>>(
-        &mut self,
-        outcome: wasmtime::Result<std::result::Result<T, F>>,
-    ) -> Result<T> {
-        match outcome {
-            Ok(Ok(value)) => Ok(value),
-            Ok(Err(failure)) => Err(self.blame.given_up(failure.into())),
-            Err(error) => Err(wasm::explain(&self.blame, self.store.data_mut(), &error)),
-        }
-    }
-
     fn render_batch(&mut self, batch: Vec<Row>, outcomes: &mut Vec<Outcome>) -> Result<()> {
         self.blame.place = rows_place(&batch);
         let needed = batch.len();
         let rows: Vec<rows::Row> = batch.into_iter().map(rows::Row::from).collect();
         let outcome = self.template.host_sdk_rows().call_render(&mut self.store, &rows);
-        let rendered = self.ended(outcome)?;
+        let rendered = wasm::ended(&self.blame, &mut self.store, outcome)?;
         if rendered.len() != needed {
             let got = rendered.len();
             return Err(self.blame.error().cause(format!("it gave back {got} outcomes for {needed} rows")));
@@ -167,7 +156,7 @@ impl RowTemplate for ComponentRows {
         self.guarded(|this| {
             this.blame.place = Some(format!("on the columns {}", columns.join(", ")));
             let outcome = this.template.host_sdk_rows().call_configure(&mut this.store, columns);
-            this.ended(outcome)
+            wasm::ended(&this.blame, &mut this.store, outcome)
         })
     }
 

@@ -312,6 +312,19 @@ impl Recipe {
     }
 }
 
+/// What came of a call: its value, what the guest gave up with, or a trap.
+pub fn ended<T>(
+    blame: &Blame,
+    store: &mut Store<GuestData>,
+    outcome: wasmtime::Result<std::result::Result<T, api::types::Failure>>,
+) -> Result<T> {
+    match outcome {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(failure)) => Err(blame.given_up(failure)),
+        Err(error) => Err(explain(blame, store.data_mut(), &error)),
+    }
+}
+
 /// A trap as an error: the first cause, then where it was.
 pub fn explain(blame: &Blame, guest: &mut GuestData, trap: &wasmtime::Error) -> Error {
     let mut error = match guest.host.take_failure() {
