@@ -114,9 +114,9 @@ fn a_loss_that_is_not_one() {
     assert_snapshot!(case.validate(&["loss={_component_: fine.rhai, gamma: [1, 2]}"]), @"
     exit 2
     --- stderr
-    error: `loss.gamma` must be one value, found a list
+    error: `loss.gamma` must be a text, a flag or a finite number, found a list
       --> command line
-    hint: a guest's settings are finite numbers, texts and flags
+    hint: a guest's settings are single values
     ");
     assert_snapshot!(case.validate(&["loss={_component_: focal}"]), @"
     exit 2

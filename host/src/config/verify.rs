@@ -226,12 +226,9 @@ impl Verifier<'_> {
         let is_wrong = |entry: &&Entry| !is_single(entry) || !is_finite(entry);
         let found: Vec<&Entry> = node.entries().iter().filter(is_wrong).collect();
         for entry in &found {
-            let what = format!("`{}` must be one value, found {}", join(path, &entry.key), entry.value.describe());
-            self.fail(
-                self.config
-                    .error(entry.value.mark, what)
-                    .hint("a guest's settings are finite numbers, texts and flags"),
-            );
+            let found = entry.value.describe();
+            let what = format!("`{}` must be a text, a flag or a finite number, found {found}", join(path, &entry.key));
+            self.fail(self.config.error(entry.value.mark, what).hint("a guest's settings are single values"));
         }
         found.is_empty()
     }
