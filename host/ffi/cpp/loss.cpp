@@ -7,7 +7,6 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <numeric>
 #include <vector>
 
 namespace host {
@@ -19,14 +18,14 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kIgnore = -100;
 
-// Sums the loss of a chunk; with `gradient` the logits become d(sum)/d(logits).
-double chunk_cpu(Tensor& logits, const int64_t* labels, bool gradient) {
+// Writes the loss of each row of a chunk; with `gradient` the logits become d(sum)/d(logits).
+void chunk_cpu(Tensor& logits, const int64_t* labels, double* losses, bool gradient) {
   const int64_t rows = logits.size(0), width = logits.size(1);
-  std::vector<double> losses(rows, 0.0);
   const auto run = [&](auto* base) {
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(width);
       for (int64_t i = begin; i < end; i++) {
+        losses[i] = 0.0;
         if (labels[i] == kIgnore) {
           if (gradient) std::memset(static_cast<void*>(base + i * width), 0, width * sizeof(*base));
           continue;
@@ -40,57 +39,58 @@ double chunk_cpu(Tensor& logits, const int64_t* labels, bool gradient) {
   } else {
     run(static_cast<kernels::bf16*>(logits.data_ptr()));
   }
-  return std::accumulate(losses.begin(), losses.end(), 0.0);
 }
 
 Tensor chunk_composite(Tensor& logits, const Tensor& labels, bool gradient) {
   const Tensor kept = labels != kIgnore;
   const Tensor index = labels.clamp_min(0).unsqueeze(1);
   Tensor log_probs = at::log_softmax(logits.to(at::kFloat), 1);
-  const Tensor sum = -(log_probs.gather(1, index).squeeze(1) * kept).sum();
+  const Tensor losses = -(log_probs.gather(1, index).squeeze(1) * kept);
   if (gradient) {
     Tensor probs = log_probs.exp_();
     probs.scatter_add_(1, index, at::full_like(index, -1.0, probs.options()));
     logits = probs.mul_(kept.unsqueeze(1)).to(logits.scalar_type());
   }
-  return sum;
+  return losses;
 }
 
+// Of each row the cross-entropy (fp32), or their sum.
 struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
   static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& labels, const FrozenLinear* head,
-                        int64_t chunk_rows, bool gradient) {
+                        int64_t chunk_rows, bool sum, bool gradient) {
     const int64_t rows = hidden.size(0);
     Tensor dhidden;
     if (gradient) dhidden = at::empty(hidden.sizes(), hidden.options());
-    double sum = 0;
-    Tensor device_sum = at::zeros({}, hidden.options().dtype(at::kFloat));
+    Tensor losses = at::empty({rows}, hidden.options().dtype(is_cpu_fused(hidden) ? at::kDouble : at::kFloat));
     const bool fused = is_cpu_fused(hidden);
     for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
       const int64_t count = std::min(chunk_rows, rows - begin);
       Tensor logits = head->forward(hidden.narrow(0, begin, count));
       const Tensor chunk_labels = labels.narrow(0, begin, count);
       if (fused) {
-        sum += chunk_cpu(logits, static_cast<const int64_t*>(chunk_labels.data_ptr()), gradient);
+        chunk_cpu(logits, static_cast<const int64_t*>(chunk_labels.data_ptr()),
+                  static_cast<double*>(losses.data_ptr()) + begin, gradient);
       } else {
-        device_sum += chunk_composite(logits, chunk_labels, gradient);
+        losses.narrow(0, begin, count).copy_(chunk_composite(logits, chunk_labels, gradient));
       }
       if (gradient) dhidden.narrow(0, begin, count).copy_(head->backward(logits));
     }
     if (gradient) ctx->save_for_backward({dhidden});
-    return fused ? at::full({}, sum, hidden.options().dtype(at::kFloat)) : device_sum;
+    return (sum ? losses.sum() : losses).to(at::kFloat);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Tensor dhidden = ctx->get_saved_variables()[0];
     // The gradient of a loss is fp32; the product is rounded once.
-    const Tensor dx = dhidden.to(at::kFloat).mul_(grads[0]).to(dhidden.scalar_type());
-    return {dx, Tensor(), Tensor(), Tensor(), Tensor()};
+    const Tensor grad = grads[0].dim() == 0 ? grads[0] : grads[0].unsqueeze(1);
+    const Tensor dx = dhidden.to(at::kFloat).mul_(grad).to(dhidden.scalar_type());
+    return {dx, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
-Tensor linear_cross_entropy_sum(const Tensor& hidden, const FrozenLinear& head, const Tensor& labels_in,
-                                int64_t chunk_rows) {
-  const char* name = "linear_cross_entropy_sum";
+Tensor linear_cross_entropy(const Tensor& hidden, const FrozenLinear& head, const Tensor& labels_in,
+                            int64_t chunk_rows, bool sum) {
+  const char* name = "linear_cross_entropy";
   TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == head.in_features(), name, ": hidden must be [L, ",
               head.in_features(), "], got ", hidden.sizes());
   TORCH_CHECK(hidden.scalar_type() == head.weight.scalar_type(), name, ": hidden is ", hidden.scalar_type(),
@@ -107,14 +107,14 @@ Tensor linear_cross_entropy_sum(const Tensor& hidden, const FrozenLinear& head, 
     }
   }
   const bool gradient = at::GradMode::is_enabled() && hidden.requires_grad();
-  return LinearCrossEntropy::apply(hidden, labels, &head, chunk_rows, gradient);
+  return LinearCrossEntropy::apply(hidden, labels, &head, chunk_rows, sum, gradient);
 }
 
 }  // namespace
 }  // namespace host
 
-extern "C" char* host_linear_cross_entropy_sum(const at::Tensor* hidden, const host::FrozenLinear* head,
-                                               const at::Tensor* labels, int64_t chunk_rows, at::Tensor** out) {
+extern "C" char* host_linear_cross_entropy(const at::Tensor* hidden, const host::FrozenLinear* head,
+                                           const at::Tensor* labels, int64_t chunk_rows, bool sum, at::Tensor** out) {
   return host::guard(
-      [&] { *out = host::give(host::linear_cross_entropy_sum(*hidden, *head, *labels, chunk_rows)); });
+      [&] { *out = host::give(host::linear_cross_entropy(*hidden, *head, *labels, chunk_rows, sum)); });
 }

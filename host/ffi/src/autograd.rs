@@ -129,8 +129,18 @@ pub fn linear_cross_entropy_sum(
     labels: &Tensor,
     chunk_rows: i64,
 ) -> Result<Tensor> {
+    cross_entropy(hidden, head, labels, chunk_rows, true)
+}
+
+/// Returns the cross-entropy of each row, fp32 `[L]`: the negative log-probability of its label, 0 where that is -100.
+/// Otherwise as [`linear_cross_entropy_sum`].
+pub fn linear_cross_entropy(hidden: &Tensor, head: &FrozenLinear, labels: &Tensor, chunk_rows: i64) -> Result<Tensor> {
+    cross_entropy(hidden, head, labels, chunk_rows, false)
+}
+
+fn cross_entropy(hidden: &Tensor, head: &FrozenLinear, labels: &Tensor, chunk_rows: i64, sum: bool) -> Result<Tensor> {
     // SAFETY: both tensors are live for the call, `head.raw` as long as `head`.
     new_tensor(|out| unsafe {
-        sys::host_linear_cross_entropy_sum(hidden.as_ptr(), head.raw, labels.as_ptr(), chunk_rows, out)
+        sys::host_linear_cross_entropy(hidden.as_ptr(), head.raw, labels.as_ptr(), chunk_rows, sum, out)
     })
 }

@@ -55,11 +55,12 @@ unsafe extern "C" {
         dropped: In,
         out: Out,
     ) -> Message;
-    pub fn host_linear_cross_entropy_sum(
+    pub fn host_linear_cross_entropy(
         hidden: In,
         head: *const FrozenLinear,
         labels: In,
         chunk_rows: i64,
+        sum: bool,
         out: Out,
     ) -> Message;
 

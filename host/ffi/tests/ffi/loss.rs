@@ -1,4 +1,4 @@
-use host_ffi::autograd::{FrozenLinear, linear_cross_entropy_sum};
+use host_ffi::autograd::{FrozenLinear, linear_cross_entropy, linear_cross_entropy_sum};
 use tch::{Kind, Tensor};
 
 use crate::reference::{BOTH, compare, normal};
@@ -30,6 +30,19 @@ fn the_loss_matches_operators_for_every_chunking() {
                     if kind == Kind::Float { 2.0 * tolerance } else { 2e-2 },
                     &|v| linear_cross_entropy_sum(&v[0], &layer, &labels, chunk).unwrap(),
                     &|v| plain(&v[0], &exact, &labels),
+                );
+                // Each row by a factor of its own.
+                let factors = normal(3, &[rows]).to_kind(Kind::Float);
+                compare(
+                    &format!("rows {rows}x{width}x{vocabulary} by {chunk}"),
+                    &[normal(1, &[rows, width])],
+                    kind,
+                    if kind == Kind::Float { 2.0 * tolerance } else { 2e-2 },
+                    &|v| linear_cross_entropy(&v[0], &layer, &labels, chunk).unwrap() * &factors,
+                    &|v| {
+                        let logits = v[0].matmul(&exact.tr());
+                        logits.cross_entropy_loss(&labels, None::<Tensor>, tch::Reduction::None, -100, 0.0) * &factors
+                    },
                 );
             }
         }
@@ -92,7 +105,7 @@ fn a_label_outside_of_the_vocabulary_is_an_error() {
         let labels = Tensor::from_slice(&[1, bad]);
         assert_eq!(
             linear_cross_entropy_sum(&hidden, &layer, &labels, 8).unwrap_err().0,
-            format!("linear_cross_entropy_sum: label {bad} at row 1 is outside of the vocabulary of 50")
+            format!("linear_cross_entropy: label {bad} at row 1 is outside of the vocabulary of 50")
         );
     }
     let labels = Tensor::from_slice(&[1i64, 2]);
