@@ -448,6 +448,7 @@ fn whatever_is_refused_says_why() {
             None => "",
             Some("data set") => "dataset",
             Some("metric logger") => "metric_logger",
+            Some("distillation loss") => "kd_loss",
             Some(role) => role,
         };
         let choice = format!("{section}._component_={name}");
@@ -488,6 +489,7 @@ fn whatever_is_refused_says_why() {
     `enable_fp8_training` can only be `False`: not available yet
     `fp8_recipe_name` is not supported: not available yet
     `instruct_template` is not supported: it is `tokenizer.prompt_template` now
+    `kd_loss.ignore_index` can only be `-100`: labels without loss are -100
     `loss.ignore_index` can only be `-100`: labels without loss are -100
     `loss.label_smoothing` can only be `0.0`: not available yet
     `loss.reduction` can only be `mean`: the loss is the mean over the label tokens of a step
@@ -506,7 +508,7 @@ fn whatever_is_refused_says_why() {
     `tokenizer.merges_file` is not supported: the vocabulary file has its merges
     `tokenizer.special_tokens_path` is not supported: the vocabulary file has its special tokens
     the data set `multimodal_chat_dataset` is not supported: images are not read yet
-    the data set `preference_dataset` is not supported: pairs are for preference training, which is not built yet
+    the loss `RSOLoss` is not supported: `DPOLoss` with `loss_type: hinge` is it, `beta` its `gamma`
     the metric logger `CometLogger` is not supported: Comet is reached by its own client alone; `TensorBoardLogger` writes files that it imports
     the metric logger `MLFlowLogger` is not supported: MLflow is reached by its own client alone; use `TensorBoardLogger`, or `DiskLogger` with `output_fmt: jsonl`
     the metric logger `WandBLogger` is not supported: W&B is reached by its own client alone; `wandb sync FOLDER` uploads what `TensorBoardLogger` writes

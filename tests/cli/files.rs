@@ -123,7 +123,7 @@ fn a_loss_that_is_not_one() {
     --- stderr
     error: unknown loss `focal` in `loss._component_`
       --> command line
-    hint: there is: cross_entropy, CrossEntropyLoss
+    hint: there is: cross_entropy, CrossEntropyLoss, DPOLoss
     ");
 }
 

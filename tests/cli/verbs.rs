@@ -274,6 +274,15 @@ fn ls_lists_what_is_there() {
                                             qwen3/14B_lora_single_device
                                             qwen3/32B_lora
                                             smollm2/135M_lora_summarize
+    lora_dpo_distributed                    llama2/7B_lora_dpo
+                                            llama2/7B_lora_dpo_single_device
+                                            llama3_1/8B_lora_dpo
+                                            llama3_1/8B_lora_dpo_single_device
+    knowledge_distillation_distributed      llama3_2/8B_to_1B_KD_lora_distributed
+                                            llama3_2/8B_to_1B_KD_lora_single_device
+                                            qwen2/1.5_to_0.5B_KD_lora_distributed
+                                            qwen2/1.5_to_0.5B_KD_lora_single_device
+                                            qwen3/14B_to_8B_KD_lora_single_device
     generate                                generation
                                             smollm2/135M_generate
 
@@ -312,14 +321,10 @@ fn ls_lists_what_is_there() {
                                             llama3_1/405B_qlora                     breadth: a 4-bit base (QLoRA)
     lora_finetune_fsdp2                     llama2/7B_qlora                         breadth: a 4-bit base (QLoRA)
                                             llama2/70B_qlora
-    lora_dpo_single_device                  llama2/7B_lora_dpo_single_device        methods: preference training
-    lora_dpo_distributed                    llama2/7B_lora_dpo                      methods: preference training
-    full_dpo_distributed                    llama3_1/8B_full_dpo                    methods: preference training
+    full_dpo_distributed                    llama3_1/8B_full_dpo                    methods: full fine-tuning
     ppo_full_finetune_single_device         mistral/7B_full_ppo_low_memory          breadth: training by rewards
     dev/grpo_full_finetune_distributed      dev/3B_full_grpo                        breadth: training by rewards
     dev/async_grpo_full_finetune_distributed dev/qwen3B_async_grpo                   breadth: training by rewards
-    knowledge_distillation_single_device    qwen2/1.5_to_0.5B_KD_lora_single_device methods: distillation
-    knowledge_distillation_distributed      qwen2/1.5_to_0.5B_KD_lora_distributed   methods: distillation
     qat_single_device                       qwen2_5/1.5B_qat_single_device          breadth: quantisation-aware training
     qat_distributed                         llama2/7B_qat_full                      breadth: quantisation-aware training
                                             llama3/8B_qat_full
@@ -788,11 +793,11 @@ fn what_is_not_there_yet_says_so() {
     cause: on the road: breadth: evaluation
     hint: `host ls` lists what is there
     ");
-    assert_snapshot!(case.host(&["ls", "lora_dpo_distributed"]), @"
+    assert_snapshot!(case.host(&["ls", "full_dpo_distributed"]), @"
     exit 0
     --- stdout
     NOT YET                                 CONFIG                                  ROAD
-    lora_dpo_distributed                    llama2/7B_lora_dpo                      methods: preference training
+    full_dpo_distributed                    llama3_1/8B_full_dpo                    methods: full fine-tuning
     ");
 }
 

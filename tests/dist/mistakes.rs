@@ -182,7 +182,7 @@ for step in run.steps() {
 fn a_loss_that_is_no_number() {
     let case = Case::new();
     // The first batch of rank 1 has other labels than those of rank 0.
-    let told = "fn loss(logits, labels) { throw `${labels.numbers()}` }";
+    let told = "fn loss(logits, labels) { throw `${labels.numbers(\"local\")}` }";
     case.write("tells.rhai", told);
     let told = fails(&case, WASM, &["--nproc", "2", "loss={_component_: tells.rhai}", "~dataset_val"]);
     let labels = told.lines().find_map(|line| line.split_once("threw ")).expect(&told).1.to_owned();
@@ -190,7 +190,7 @@ fn a_loss_that_is_no_number() {
         "nan.rhai",
         format!(
             "fn loss(logits, labels) {{
-    let bad = if `${{labels.numbers()}}` == \"{labels}\" {{ 1e30 }} else {{ 0.0 }};
+    let bad = if `${{labels.numbers(\"local\")}}` == \"{labels}\" {{ 1e30 }} else {{ 0.0 }};
     let zero = (logits - logits).sum();
     #{{ sum: logits.logsumexp(-1).sum() + zero / (zero + 1.0 - (bad / 1e30)), weight: labels.shape[0] }}
 }}"
@@ -229,7 +229,7 @@ fn ranks_that_open_different_things() {
 
     exit 2
     error: rank 1 opened something else than rank 0 (rank 1)
-    cause: `epochs`: not set on rank 0, 2 here
+    cause: `epochs`: 1 on rank 0, 2 here
     cause: `optimizer.lr`: 0.01 on rank 0, 0.02 here
     hint: start every rank with the same config and overrides, over the same files, with the same build of `host`
     ");
@@ -414,7 +414,7 @@ fn a_recipe_that_fails_on_one_rank() {
             "let run = host::open();
 for step in run.steps() {{
     for batch in step.batches() {{
-        let labels = batch.labels().to_float().sum().item();
+        let labels = batch.labels().to_float().sum().item(\"local\");
         {check}
         let loss = run.model.loss(batch);
         step.backward(loss.sum, loss.weight);

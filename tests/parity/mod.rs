@@ -4,6 +4,8 @@
 //! Tolerances: 1e-5 absolute on an fp32 loss, where torchtune and PEFT differ from each other by 8e-7 over 30 steps; 1e-2
 //! in bf16, where bf16 and fp32 of one implementation differ by 4e-3.
 
+mod methods;
+
 use std::path::Path;
 
 use host::config::plan::{Dtype, Layout, PackingPlan, TrainPlan};
@@ -145,7 +147,7 @@ fn gradients_of_one_step_match_pytorch() {
         assert!(run.next_step().unwrap());
         let mut loss = 0.0;
         while let Some((key, _)) = run.next_batch().unwrap() {
-            let (sum, weight) = run.loss(key).unwrap();
+            let (sum, weight) = run.loss(key, host_rank::train::Which::Trained).unwrap();
             loss += sum.double_value(&[]);
             run.backward(&sum, weight).unwrap();
         }

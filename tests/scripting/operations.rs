@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use host::config::plan::GuestLimits;
 use host::worker::StopFlag;
 use host_rank::script::Training;
+use host_rank::train::Which;
 use proptest::prelude::*;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -59,6 +60,14 @@ const OPERATIONS: &[Operation] = &[
     ("argmax", "x.argmax(1).to_float().unsqueeze(1) * x", |x, _, _| {
         x.argmax(1, false).to_kind(Kind::Float).unsqueeze(1) * x
     }),
+    ("segment_sum", "x.segment_sum(labels, 11).logsumexp(0)", |x, labels, _| {
+        Tensor::zeros([11, x.size()[1]], (Kind::Float, Device::Cpu)).index_add(0, labels, x).logsumexp(0, false)
+    }),
+    (
+        "set_grad_enabled",
+        "{ let on = host::set_grad_enabled(false); let y = x * x; host::set_grad_enabled(on); y * x }",
+        |x, _, _| tch::no_grad(|| x * x) * x,
+    ),
     ("cumsum", "x.cumsum(0) * x", |x, _, _| x.cumsum(0, None::<Kind>) * x),
     ("matmul", "x.matmul(x.unsqueeze(-1))", |x, _, _| x.matmul(&x.unsqueeze(-1))),
     ("gather", "x.gather(1, labels.unsqueeze(1))", |x, labels, _| x.gather(1, &labels.unsqueeze(1), false)),
@@ -102,8 +111,8 @@ const OPERATIONS: &[Operation] = &[
         labels.to_kind(Kind::Bool).to_kind(Kind::Float).unsqueeze(1) * x
     }),
     ("detach", "x.detach() * x", |x, _, _| x.detach() * x),
-    ("item", "x * (x * x).mean().item()", |x, _, _| x * (x * x).mean(None::<Kind>).double_value(&[])),
-    ("numbers", "x * x.numbers()[1]", |x, _, _| x * x.double_value(&[0, 1])),
+    ("item", "x * (x * x).mean().item(\"local\")", |x, _, _| x * (x * x).mean(None::<Kind>).double_value(&[])),
+    ("numbers", "x * x.numbers(\"local\")[1]", |x, _, _| x * x.double_value(&[0, 1])),
     ("full", "host::full([x.shape[0], 1], 0.5) * x", |x, _, _| x * 0.5),
     ("arange", "host::arange(x.shape[1]).to_float() * x", |x, _, _| {
         Tensor::arange(x.size()[1], (Kind::Float, Device::Cpu)) * x
@@ -140,7 +149,8 @@ fn directly(operation: fn(&Tensor, &Tensor, &Tensor) -> Tensor) -> Record {
     let mut training = Linear::new(json!({}));
     while training.next_step().unwrap() {
         while let Some(batch) = training.next_batch().unwrap() {
-            let (x, labels) = (training.logits(batch.index).unwrap(), training.labels(batch.index).unwrap());
+            let (x, labels) =
+                (training.logits(batch.index, Which::Trained).unwrap(), training.labels(batch.index).unwrap());
             let sum = operation(&x, &labels, &(&x * &x + 1.0)).sum(None::<Kind>);
             training.backward(&sum, 100.0).unwrap();
         }

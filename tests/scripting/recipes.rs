@@ -16,6 +16,30 @@ fn wasm_and_rhai_give_the_same_bits() {
     assert!(wasm.losses[14] < wasm.losses[2], "it learns: {:?}", wasm.losses);
 }
 
+/// What a recipe can ask of a run, in both fronts: equal numbers, and no function forgotten.
+#[test]
+fn every_function_of_a_run_is_the_same_in_both() {
+    let config = json!({ "teacher_model": 7 });
+    let by =
+        |path: &str| run_with(path, &GuestLimits::default(), Linear::new(config.clone()), StopFlag::default()).unwrap();
+    let (wasm, rhai) = (by("target/guests/surface.wasm"), by("target/guests/surface.rhai"));
+    assert_eq!(wasm.losses.len(), 15);
+    assert_eq!(wasm.metrics.len(), 5 * (3 + 4));
+    assert_eq!(wasm, rhai);
+    // Three ranks that are all like this one.
+    let of = |name: &str| wasm.metrics.iter().find(|(found, ..)| found == name).unwrap().1;
+    assert!((of("total/sum") - 3.0 * of("total/local")).abs() < 1e-3 * of("total/local").abs());
+    for path in ["tests/scripting/guests/surface.rhai", "tests/scripting/guests/surface/src/lib.rs"] {
+        let text = std::fs::read_to_string(crate::support::root().join(path)).unwrap();
+        for (of, name) in crate::surface::contract() {
+            let name = name.replace('-', "_");
+            let is_pulled = ["next_step", "next_batch"].contains(&name.as_str());
+            let is_used = [".", "::", " "].iter().any(|before| text.contains(&format!("{before}{name}")));
+            assert!(of == "tensor" || of == "host" || is_pulled || is_used, "{path} does not use `{of}.{name}`");
+        }
+    }
+}
+
 #[test]
 fn a_hand_written_cross_entropy_is_the_hosts() {
     let host = run("recipes/lora_distributed.wasm").unwrap();

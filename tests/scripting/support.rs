@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, Once};
 use host::config::plan::{GuestLimits, GuestRef};
 use host::worker::StopFlag;
 use host_rank::script::{BatchInfo, Recipe, Training, on_big_stack};
+use host_rank::train::{Over, Which};
 use serde_json::{Value, json};
 use tch::{Kind, Reduction, Tensor};
 
@@ -19,6 +20,8 @@ const VOCABULARY: i64 = 11;
 pub struct Record {
     pub losses: Vec<f64>,
     pub weights: Vec<f32>,
+    /// Metrics: name, sum and weight of each call.
+    pub metrics: Vec<(String, f64, f64)>,
 }
 
 /// Cross-entropy of a linear layer on made-up numbers; three batches of different sizes a step, plain gradient descent.
@@ -38,7 +41,7 @@ pub struct Linear {
 
 impl Linear {
     pub fn new(config: Value) -> Self {
-        let layer = waves(FEATURES * VOCABULARY, 0.7).view([FEATURES, VOCABULARY]).set_requires_grad(true);
+        let layer = first_layer().set_requires_grad(true);
         Self {
             layer,
             step: 0,
@@ -59,6 +62,11 @@ impl Linear {
     fn labels_of(&self, batch: u64) -> i64 {
         4 + 3 * batch as i64
     }
+}
+
+/// What the layer is before training.
+fn first_layer() -> Tensor {
+    waves(FEATURES * VOCABULARY, 0.7).view([FEATURES, VOCABULARY])
 }
 
 /// Numbers that look random and are the same everywhere: torch's generator is shared by the tests' threads.
@@ -90,7 +98,7 @@ impl Training for Linear {
         }
         self.next += 1;
         let num_labels = self.labels_of(self.next);
-        Ok(Some(BatchInfo { index: self.next, num_labels, num_tokens: 2 * num_labels }))
+        Ok(Some(BatchInfo { index: self.next, num_labels, num_tokens: 2 * num_labels, num_samples: 4 }))
     }
 
     fn labels(&mut self, batch: u64) -> host::Result<Tensor> {
@@ -98,15 +106,52 @@ impl Training for Linear {
             .remainder(VOCABULARY))
     }
 
-    fn loss(&mut self, batch: u64) -> host::Result<(Tensor, f64)> {
-        let (logits, labels) = (self.logits(batch)?, self.labels(batch)?);
+    fn segments(&mut self, batch: u64) -> host::Result<Tensor> {
+        Ok(Tensor::arange(self.labels_of(batch), (Kind::Int64, tch::Device::Cpu)).remainder(4))
+    }
+
+    fn num_pairs(&mut self, _batch: u64) -> host::Result<i64> {
+        Ok(2)
+    }
+
+    fn has(&mut self, which: Which) -> bool {
+        which != Which::Teacher || self.config.get("teacher_model").is_some()
+    }
+
+    fn loss(&mut self, batch: u64, which: Which) -> host::Result<(Tensor, f64)> {
+        let (logits, labels) = (self.logits(batch, which)?, self.labels(batch)?);
         let sum = logits.cross_entropy_loss::<Tensor>(&labels, None, Reduction::Sum, -100, 0.0);
         Ok((sum, self.labels_of(batch) as f64))
     }
 
-    fn logits(&mut self, batch: u64) -> host::Result<Tensor> {
+    fn logits(&mut self, batch: u64, which: Which) -> host::Result<Tensor> {
+        self.logits_part(batch, which, 0, self.labels_of(batch))
+    }
+
+    fn logits_part(&mut self, batch: u64, which: Which, start: i64, length: i64) -> host::Result<Tensor> {
         let rows = self.labels_of(batch);
-        Ok(waves(rows * FEATURES, 0.3 + batch as f64).view([rows, FEATURES]).matmul(&self.layer))
+        let inputs = waves(rows * FEATURES, 0.3 + batch as f64).view([rows, FEATURES]).narrow(0, start, length);
+        Ok(match which {
+            Which::Trained => inputs.matmul(&self.layer),
+            Which::Reference => inputs.matmul(&first_layer()),
+            Which::Teacher => inputs.matmul(&(first_layer() * 2.0)),
+        })
+    }
+
+    fn log_probs(&mut self, batch: u64, which: Which) -> host::Result<Tensor> {
+        let scores = self.logits(batch, which)?.log_softmax(-1, Kind::Float);
+        Ok(scores.gather(1, &self.labels(batch)?.unsqueeze(1), false).squeeze_dim(1))
+    }
+
+    fn record_metric(&mut self, name: &str, sum: &Tensor, weight: f64) -> host::Result<()> {
+        self.record.lock().unwrap().metrics.push((name.to_owned(), sum.double_value(&[]), weight));
+        Ok(())
+    }
+
+    /// As if there were three ranks with the same numbers.
+    fn over_ranks(&mut self, values: &[f64], over: Over) -> host::Result<Vec<f64>> {
+        let factor = if over == Over::Sum { 3.0 } else { 1.0 };
+        Ok(values.iter().map(|value| value * factor).collect())
     }
 
     fn backward(&mut self, sum: &Tensor, weight: f64) -> host::Result<()> {

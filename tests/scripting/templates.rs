@@ -164,6 +164,7 @@ fn chat_formats_know_their_roles() {
         match template.render(vec![conversation(0, turns)]).unwrap().remove(0) {
             Outcome::Keep(messages) => messages.iter().map(|message| message.parts.concat()).collect::<Vec<_>>(),
             Outcome::Skip(why) | Outcome::Fail(why) => vec![why],
+            Outcome::Pair(_) => vec!["a pair".into()],
         }
     };
     // The last answer is still to be written: it is begun, and not ended.

@@ -70,6 +70,10 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
             lora: Some(lora(&["q_proj", "v_proj"])),
             adapter: None,
         },
+        reference: None,
+        teacher: None,
+        config: serde_json::json!({ "a": "test" }),
+        for_recipe: vec![],
         tokenizer: TokenizerPlan {
             max_seq_len: Some(512),
             ..TokenizerPlan::plain(tiny_model().join("tokenizer.json"))
@@ -87,7 +91,7 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
         tokens_per_microbatch: 2048,
         optimizer: OptimizerPlan { lr: 3e-4, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01 },
         schedule: SchedulePlan::Cosine { num_warmup_steps: 5, num_cycles: 0.5 },
-        loss: LossPlan { guest: None, num_output_chunks: 1 },
+        loss: LossPlan { guest: None, of_recipe: None, num_output_chunks: 1 },
         clip_grad_norm: None,
         checkpoint: CheckpointPlan {
             output_dir: output_dir.into(),
@@ -205,6 +209,7 @@ pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port:
     let training = Tokenized::from_samples(rows);
     let training = match &plan.dataset[0].packing {
         Some(packing) => training.packed(packing),
+        None if matches!(plan.dataset[0].rows, RowsPlan::Pairs { .. }) => training.paired(),
         None => training,
     };
     let tokens = Tokens { training, validation, pad: 4090 };
@@ -216,7 +221,7 @@ pub fn drive(run: &mut Run, most_steps: usize) -> Vec<Tensor> {
     let mut gradients = vec![];
     while run.steps_done() < most_steps && run.next_step().unwrap() {
         while let Some((key, _)) = run.next_batch().unwrap() {
-            let (sum, weight) = run.loss(key).unwrap();
+            let (sum, weight) = run.loss(key, host_rank::train::Which::Trained).unwrap();
             run.backward(&sum, weight).unwrap();
         }
         let factors: Vec<Tensor> =
@@ -228,11 +233,16 @@ pub fn drive(run: &mut Run, most_steps: usize) -> Vec<Tensor> {
 }
 
 /// The steps of a run's log, and the validations as step and loss.
-pub fn read_log(plan: &TrainPlan) -> (Vec<Logged>, Vec<(u64, f64)>) {
+/// The lines of a run's log.
+pub fn log_lines(plan: &TrainPlan) -> Vec<Value> {
     let MetricSink::Disk { log_dir, .. } = &plan.metrics.sink else { panic!("the plan logs nowhere") };
     let text = std::fs::read_to_string(log_dir.join("log.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+pub fn read_log(plan: &TrainPlan) -> (Vec<Logged>, Vec<(u64, f64)>) {
     let (mut steps, mut validations) = (vec![], vec![]);
-    for line in text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()) {
+    for line in log_lines(plan) {
         if let Some(loss) = line.get("val_loss") {
             validations.push((line["step"].as_u64().unwrap(), loss.as_f64().unwrap()));
             continue;

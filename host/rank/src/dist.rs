@@ -70,6 +70,22 @@ impl Group {
         Ok((0..self.world_size).filter(|rank| answers.int64_value(&[*rank as i64, 0]) != 0).collect())
     }
 
+    /// The texts that each rank gives, by rank; every rank has to ask.
+    pub fn texts(&self, mine: &str) -> Result<Vec<String>> {
+        let gather =
+            |tensor: &Tensor| self.inner.all_gather(tensor).map_err(|error| lost_peer("an all-gather failed", error));
+        let lengths = Vec::<Vec<i64>>::try_from(gather(&Tensor::from_slice(&[mine.len() as i64]))?);
+        let lengths: Vec<usize> = lengths.torch("read the lengths")?.into_iter().map(|row| row[0] as usize).collect();
+        let mut bytes = mine.as_bytes().to_vec();
+        bytes.resize(lengths.iter().copied().max().unwrap_or(0), 0);
+        if bytes.is_empty() {
+            return Ok(vec![String::new(); self.world_size]);
+        }
+        let rows = Vec::<Vec<u8>>::try_from(gather(&Tensor::from_slice(&bytes))?).torch("read the texts")?;
+        let text = |(row, length): (Vec<u8>, usize)| String::from_utf8_lossy(&row[..length]).into_owned();
+        Ok(rows.into_iter().zip(lengths).map(text).collect())
+    }
+
     /// Waits for what rank 0 did alone; `outcome` is given there and nowhere else. If it failed, every rank fails: rank 0
     /// with the error, the others saying for whom they stopped.
     pub fn after_main<T>(&self, doing: &str, outcome: Option<Result<T>>) -> Result<Option<T>> {

@@ -40,12 +40,8 @@ fn spans(sample: &Encoded) -> Vec<(&[u32], bool)> {
 }
 
 fn shown(place: &Place, made: &Made, tokenizer: &Tokenizer, style: PreviewStyle) -> Result<String> {
-    let sample = match made {
-        // The first token follows none, so nothing can learn to say it.
-        Ok(Some(sample)) => &Encoded {
-            trained: sample.trained.iter().enumerate().map(|(index, trained)| index > 0 && *trained).collect(),
-            ..sample.clone()
-        },
+    let samples = match made {
+        Ok(Some(samples)) => samples,
         other => {
             let (outcome, why) = match other {
                 Err(why) => ("bad", why.as_str()),
@@ -57,6 +53,24 @@ fn shown(place: &Place, made: &Made, tokenizer: &Tokenizer, style: PreviewStyle)
             });
         }
     };
+    let sides: &[Option<&str>] = if samples.len() == 2 { &[Some("chosen"), Some("rejected")] } else { &[None] };
+    let shown = samples.iter().zip(sides).map(|(sample, side)| one(place, *side, sample, tokenizer, style));
+    Ok(shown.collect::<Result<Vec<_>>>()?.join("\n"))
+}
+
+/// A sample; of a pair, `side` of it.
+fn one(
+    place: &Place,
+    side: Option<&str>,
+    sample: &Encoded,
+    tokenizer: &Tokenizer,
+    style: PreviewStyle,
+) -> Result<String> {
+    // The first token follows none, so nothing can learn to say it.
+    let sample = &Encoded {
+        trained: sample.trained.iter().enumerate().map(|(index, trained)| index > 0 && *trained).collect(),
+        ..sample.clone()
+    };
     let spans: Vec<(&[u32], bool, String)> = spans(sample)
         .into_iter()
         .map(|(tokens, trained)| Ok((tokens, trained, tokenizer.show(tokens)?)))
@@ -65,13 +79,14 @@ fn shown(place: &Place, made: &Made, tokenizer: &Tokenizer, style: PreviewStyle)
     if style == PreviewStyle::Json {
         let span = |(tokens, trained, text): &(&[u32], bool, String)| json!({ "text": text, "tokens": tokens, "trained": trained });
         return Ok(json!({
-            "row": place.to_string(), "outcome": "kept", "cut": sample.was_cut, "num_tokens": sample.tokens.len(),
+            "row": place.to_string(), "outcome": "kept", "side": side, "cut": sample.was_cut, "num_tokens": sample.tokens.len(),
             "num_labels": labels, "spans": spans.iter().map(span).collect::<Vec<_>>(),
         })
         .to_string());
     }
     let cut = if sample.was_cut { ", cut to `max_seq_len`" } else { "" };
-    let mut text = format!("{place}: {} tokens, {labels} carry loss{cut}\n", sample.tokens.len());
+    let side = side.map(|side| format!(", {side}")).unwrap_or_default();
+    let mut text = format!("{place}{side}: {} tokens, {labels} carry loss{cut}\n", sample.tokens.len());
     for (_, trained, span) in spans {
         // A row is data: what it holds of escape sequences is shown, not obeyed.
         let span: String =

@@ -196,7 +196,7 @@ impl Findings<'_> {
         };
         let needed = Wanted::of(&dataset.rows);
         let column_key = match dataset.rows {
-            RowsPlan::Columns { .. } => "column_map",
+            RowsPlan::Columns { .. } | RowsPlan::Pairs { .. } => "column_map",
             RowsPlan::Chat { .. } => "conversation_column",
             RowsPlan::Text { .. } => "column",
         };

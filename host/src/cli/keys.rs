@@ -149,6 +149,7 @@ fn becomes(key: &Key) -> String {
     let default = key.default.unwrap_or_default();
     match key.class {
         Class::Honoured => key.doc.to_owned(),
+        Class::OfRecipe => format!("{} For recipes that ask for it.", key.doc),
         Class::Satisfied(why) | Class::Quiet(why) => format!("{} Changes nothing: {why}.", key.doc),
         Class::Fixed(why) => format!("{} Only `{default}`: {why}.", key.doc),
         Class::Refused(why) => format!("Refused: {why}."),
@@ -162,6 +163,7 @@ fn to_json(part: &Part) -> serde_json::Value {
         .map(|key| {
             let (class, why) = match key.class {
                 Class::Honoured => ("honoured", None),
+                Class::OfRecipe => ("of_recipe", None),
                 Class::Satisfied(why) | Class::Quiet(why) => ("changes_nothing", Some(why)),
                 Class::Fixed(why) => ("only_default", Some(why)),
                 Class::Refused(why) => ("refused", Some(why)),

@@ -70,6 +70,14 @@ pub struct TrainPlan {
     pub output_dir: PathBuf,
 
     pub model: ModelPlan,
+    /// A frozen model to compare with, in place of the trained one without its adapters.
+    pub reference: Option<ModelPlan>,
+    /// A frozen model to learn from.
+    pub teacher: Option<ModelPlan>,
+    /// The config with its defaults, for recipes that ask.
+    pub config: serde_json::Value,
+    /// Keys of the config that only a recipe makes use of.
+    pub for_recipe: Vec<String>,
     pub tokenizer: TokenizerPlan,
     /// Data sets, the rows of one after those of the other.
     pub dataset: Vec<DatasetPlan>,
@@ -264,6 +272,8 @@ pub enum RowsPlan {
     },
     /// A conversation, which one column holds.
     Chat { column: String, style: ChatStyle, template: Option<TemplatePlan> },
+    /// A better and a worse answer: two texts after a prompt, or without one two conversations.
+    Pairs { prompt: Option<String>, chosen: String, rejected: String, template: Option<TemplatePlan> },
     /// A text to be continued, without messages.
     Text { column: String, add_eos: bool },
 }
@@ -271,7 +281,9 @@ pub enum RowsPlan {
 impl RowsPlan {
     pub fn template(&self) -> Option<&TemplatePlan> {
         match self {
-            Self::Columns { template, .. } | Self::Chat { template, .. } => template.as_ref(),
+            Self::Columns { template, .. } | Self::Chat { template, .. } | Self::Pairs { template, .. } => {
+                template.as_ref()
+            }
             Self::Text { .. } => None,
         }
     }
@@ -387,6 +399,8 @@ pub enum SchedulePlan {
 pub struct LossPlan {
     /// A loss of somebody's own, in place of cross-entropy.
     pub guest: Option<GuestRef>,
+    /// The name of one that a recipe computes itself.
+    pub of_recipe: Option<String>,
     /// Label positions are projected to the vocabulary in this many pieces at least.
     pub num_output_chunks: usize,
 }

@@ -71,7 +71,7 @@ impl Verifier<'_> {
         } else if groups.is_empty() {
             format!("`{path}` takes no further keys")
         } else {
-            let is_of_use = |key: &&Key| matches!(key.class, Class::Honoured);
+            let is_of_use = |key: &&Key| matches!(key.class, Class::Honoured | Class::OfRecipe);
             let mut known: Vec<_> = names().filter(is_of_use).map(|key| key.name).collect();
             if known.is_empty() {
                 known = names().map(|key| key.name).collect();

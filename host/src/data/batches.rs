@@ -107,6 +107,12 @@ fn pack(data: &Tokenized, rows: &[u32], budget: usize) -> Vec<Vec<u32>> {
 }
 
 impl MicroBatch {
+    /// Which document each label is of, `[L]`.
+    pub fn label_documents(&self) -> Vec<i64> {
+        let document = |position: &i64| self.cu_seqlens.partition_point(|end| end <= position) as i64 - 1;
+        self.label_positions.iter().map(document).collect()
+    }
+
     /// Lays out `elements` as documents, the last of each filled up with `pad` to `pad_to` tokens in all.
     fn new(data: &Tokenized, elements: &[u32], pad_to: usize, pad: i64) -> Self {
         let mut batch = Self { cu_seqlens: vec![0], ..Self::default() };

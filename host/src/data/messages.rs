@@ -12,7 +12,8 @@ use crate::data::source::SourceCell;
 use crate::data::template::{Cell, MESSAGES, Message, Outcome, Role, Row, RowTemplate, SharedTemplate, Templates};
 use crate::error::{Error, Result};
 
-/// Makes messages of rows, in batches. One value per data worker thread.
+/// Makes messages of rows, in batches. One value per data worker thread. Rows of preferences are made conversations one by
+/// one, and put together again.
 pub struct Conversations<'p> {
     plan: &'p DatasetPlan,
     /// What the config's columns are called, in the order of a row's cells.
@@ -79,6 +80,11 @@ impl<'p> Conversations<'p> {
                 (names, template.as_ref().is_some_and(|template| template.joined))
             }
             RowsPlan::Chat { template, .. } => (vec![], template.as_ref().is_some_and(|template| template.joined)),
+            RowsPlan::Pairs { prompt, template: Some(_), .. } => {
+                let prompt = prompt.as_ref().map(|_| "prompt");
+                (prompt.into_iter().chain(["chosen", "rejected"]).map(str::to_owned).collect(), false)
+            }
+            RowsPlan::Pairs { .. } => (vec![], false),
             RowsPlan::Text { .. } => return Err(Error::bug("a data set of texts has no messages")),
         };
         // Alpaca's rows are no conversation before its template has made one of them.
@@ -97,52 +103,102 @@ impl<'p> Conversations<'p> {
     /// One outcome for each row of cells, in order.
     pub fn of(&mut self, first_id: u64, rows: Vec<Vec<SourceCell>>) -> Result<Vec<Outcome>> {
         let mut outcomes = vec![];
-        // Rows on their way through the templates, and whose they are.
+        // Conversations on their way through the templates, whose they are, and which of a pair.
         let mut waiting = vec![];
         for (index, cells) in rows.into_iter().enumerate() {
             let cells = self.first_cells(cells);
             outcomes.push(cells.as_ref().err().map(|why| Outcome::Fail(why.clone())));
-            waiting.extend(cells.ok().map(|cells| (index, cells)));
+            let sides = cells.into_iter().flatten().enumerate();
+            waiting.extend(sides.map(|(side, cells)| (index, side, cells)));
         }
         for stage in &mut self.templates {
-            let (indices, rows): (Vec<usize>, Vec<Row>) =
-                waiting.drain(..).map(|(index, cells)| (index, Row { id: first_id + index as u64, cells })).unzip();
-            for (index, outcome) in indices.into_iter().zip(stage.render(rows)?) {
-                let Outcome::Keep(mut messages) = outcome else {
-                    outcomes[index] = Some(outcome);
-                    continue;
+            let (places, rows): (Vec<(usize, usize)>, Vec<Row>) = waiting
+                .drain(..)
+                .map(|(index, side, cells)| ((index, side), Row { id: first_id + index as u64, cells }))
+                .unzip();
+            for ((index, side), outcome) in places.into_iter().zip(stage.render(rows)?) {
+                let made = match outcome {
+                    Outcome::Keep(messages) => vec![(side, messages)],
+                    Outcome::Pair([chosen, rejected]) => vec![(0, chosen), (1, rejected)],
+                    other => {
+                        outcomes[index] = Some(other);
+                        continue;
+                    }
                 };
-                if let (false, Some(system)) = (stage.reads_messages(), &self.plan.new_system_prompt) {
-                    set_system(&mut messages, system);
+                for (side, mut messages) in made {
+                    if let (false, Some(system)) = (stage.reads_messages(), &self.plan.new_system_prompt) {
+                        set_system(&mut messages, system);
+                    }
+                    waiting.push((index, side, vec![Cell::Messages(messages)]));
                 }
-                waiting.push((index, vec![Cell::Messages(messages)]));
             }
         }
-        for (index, mut cells) in waiting {
+        let mut sides: Vec<[Option<Vec<Message>>; 2]> = vec![[None, None]; outcomes.len()];
+        for (index, side, mut cells) in waiting {
             if let Some(Cell::Messages(messages)) = cells.pop() {
-                outcomes[index] = Some(Outcome::Keep(messages));
+                sides[index][side] = Some(messages);
             }
         }
-        let missing = || Outcome::Fail("it has no messages".to_owned());
-        Ok(outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(missing)).collect())
+        let is_paired = matches!(self.plan.rows, RowsPlan::Pairs { .. });
+        let whole = |sides: [Option<Vec<Message>>; 2]| match (sides, is_paired) {
+            ([Some(messages), None], false) => Outcome::Keep(messages),
+            ([Some(chosen), Some(rejected)], true) => Outcome::Pair([chosen, rejected]),
+            ([_, Some(_)], false) => {
+                Outcome::Fail("the template makes a pair of it, and the data set is not one of preferences".to_owned())
+            }
+            (_, true) => Outcome::Fail("the template makes no pair of it".to_owned()),
+            _ => Outcome::Fail("it has no messages".to_owned()),
+        };
+        Ok(outcomes.into_iter().zip(sides).map(|(outcome, sides)| outcome.unwrap_or_else(|| whole(sides))).collect())
     }
 
-    /// A row as the first template wants it; without one, as a conversation.
-    fn first_cells(&self, cells: Vec<SourceCell>) -> Result<Vec<Cell>, String> {
-        let Some(stage) = self.templates.first() else { return Ok(vec![Cell::Messages(self.conversation(&cells)?)]) };
+    /// A row as the first template wants it; without one, as a conversation. Two of them for a pair that no template of the data
+    /// set's own makes.
+    fn first_cells(&self, cells: Vec<SourceCell>) -> Result<Vec<Vec<Cell>>, String> {
+        if let RowsPlan::Pairs { prompt, chosen, rejected, template: None } = &self.plan.rows {
+            let conversation = |side| {
+                let names = [chosen, rejected];
+                let mut messages = match (prompt, &cells[..]) {
+                    (Some(_), [SourceCell::Text(asked), answers @ ..]) => match answers.get(side) {
+                        Some(SourceCell::Text(answer)) => asked_and_answered(asked.clone(), Some(answer.clone())),
+                        _ => return Err(format!("`{}` is missing", names[side])),
+                    },
+                    (None, [_, _]) => match &cells[side] {
+                        SourceCell::Nested(turns) => {
+                            turns_of(turns, ChatStyle::OpenAi).map_err(|why| format!("`{}`: {why}", names[side]))?
+                        }
+                        _ => return Err(format!("`{}` is missing", names[side])),
+                    },
+                    _ => return Err("the row has no prompt".to_owned()),
+                };
+                if let Some(system) = &self.plan.new_system_prompt {
+                    set_system(&mut messages, system);
+                }
+                check(&messages).map_err(|why| format!("`{}`: {why}", names[side]))?;
+                Ok(vec![Cell::Messages(messages)])
+            };
+            return [0, 1].into_iter().map(conversation).collect();
+        }
+        let Some(stage) = self.templates.first() else {
+            return Ok(vec![vec![Cell::Messages(self.conversation(&cells)?)]]);
+        };
         let mut messages = if stage.reads_messages() { Some(self.conversation(&cells)?) } else { None };
         let mut cells: Vec<Option<SourceCell>> = cells.into_iter().map(Some).collect();
         let cell = |column: &String| {
             if column == MESSAGES {
-                return messages.take().map_or(Cell::None, Cell::Messages);
+                return Ok(messages.take().map_or(Cell::None, Cell::Messages));
             }
             let at = self.names.iter().position(|name| name == column);
-            match at.and_then(|at| cells.get_mut(at)?.take()) {
+            Ok(match at.and_then(|at| cells.get_mut(at)?.take()) {
                 Some(SourceCell::Text(text)) => Cell::Text(text),
+                // A list of turns is one for a template too.
+                Some(SourceCell::Nested(turns)) => {
+                    Cell::Messages(turns_of(&turns, ChatStyle::OpenAi).map_err(|why| format!("`{column}`: {why}"))?)
+                }
                 _ => Cell::None,
-            }
+            })
         };
-        Ok(stage.columns.iter().map(cell).collect())
+        Ok(vec![stage.columns.iter().map(cell).collect::<Result<_, String>>()?])
     }
 
     /// The row without a template.
@@ -192,6 +248,7 @@ pub fn prompt(template: Option<&SharedTemplate>, system: Option<&str>, user: &st
     let row = Row { id: 0, cells: stage.columns.iter().map(cell).collect() };
     let rendered = match stage.render(vec![row])?.pop() {
         Some(Outcome::Keep(messages)) => messages,
+        Some(Outcome::Pair(_)) => return Err(Error::config("the template makes pairs, and no prompt of a text")),
         Some(Outcome::Skip(why) | Outcome::Fail(why)) => {
             return Err(Error::config("the template makes no prompt of this text").cause(why));
         }

@@ -96,11 +96,19 @@ impl fmt::Display for Report {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tokenized {
     pub(super) samples: Samples,
-    /// `None`: an element is a sample.
-    packs: Option<Packs>,
+    elements: Elements,
     pub report: Report,
     pub from_cache: bool,
     digest: String,
+}
+
+/// What a batch counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Elements {
+    Samples,
+    Packs(Packs),
+    /// Samples 2i and 2i + 1: the better and the worse answer.
+    Pairs,
 }
 
 /// A part of a sample, from `start` up to `end` among its tokens.
@@ -163,7 +171,7 @@ impl Packs {
 impl Tokenized {
     pub(super) fn new(samples: Samples, report: Report) -> Self {
         let digest = samples.digest();
-        Self { samples, packs: None, report, from_cache: false, digest }
+        Self { samples, elements: Elements::Samples, report, from_cache: false, digest }
     }
 
     /// A data set made of samples that exist already; they are numbered anew.
@@ -182,17 +190,27 @@ impl Tokenized {
     pub fn packed(self, plan: &PackingPlan) -> Self {
         let packs = Packs::new(&self.samples, plan);
         let digest = blake3::hash(format!("{} {plan:?}", self.digest).as_bytes()).to_hex().to_string();
-        Self { packs: Some(packs), digest, ..self }
+        Self { elements: Elements::Packs(packs), digest, ..self }
     }
 
-    /// Data sets, the elements of one after those of the other. All of them are packed, or none.
+    /// The same samples two by two, the better answer first.
+    pub fn paired(self) -> Self {
+        let digest = blake3::hash(format!("{} pairs", self.digest).as_bytes()).to_hex().to_string();
+        Self { elements: Elements::Pairs, digest, ..self }
+    }
+
+    pub fn is_paired(&self) -> bool {
+        self.elements == Elements::Pairs
+    }
+
+    /// Data sets, the elements of one after those of the other. All of them are packed, or paired, or neither.
     pub fn concatenated(parts: Vec<Tokenized>) -> Option<Self> {
         let mut parts = parts.into_iter();
         let mut whole = parts.next()?;
         for part in parts {
             let first_sample = whole.samples.len() as u32;
             whole.samples.append(&part.samples);
-            if let (Some(packs), Some(more)) = (&mut whole.packs, &part.packs) {
+            if let (Elements::Packs(packs), Elements::Packs(more)) = (&mut whole.elements, &part.elements) {
                 let first_piece = packs.pieces.len() as u32;
                 packs
                     .pieces
@@ -208,7 +226,11 @@ impl Tokenized {
 
     /// How many elements there are.
     pub fn len(&self) -> usize {
-        self.packs.as_ref().map_or(self.samples.len(), |packs| packs.ends.len())
+        match &self.elements {
+            Elements::Samples => self.samples.len(),
+            Elements::Packs(packs) => packs.ends.len(),
+            Elements::Pairs => self.samples.len() / 2,
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -217,17 +239,20 @@ impl Tokenized {
 
     /// The pieces of an element.
     pub fn element(&self, index: usize) -> Vec<Piece> {
-        match &self.packs {
-            Some(packs) => packs.pack(index).to_vec(),
-            None => vec![Piece { sample: index as u32, start: 0, end: self.samples.length(index) as u32 }],
+        let whole = |sample: usize| Piece { sample: sample as u32, start: 0, end: self.samples.length(sample) as u32 };
+        match &self.elements {
+            Elements::Samples => vec![whole(index)],
+            Elements::Packs(packs) => packs.pack(index).to_vec(),
+            Elements::Pairs => vec![whole(2 * index), whole(2 * index + 1)],
         }
     }
 
     /// How many tokens element `index` has.
     pub fn length(&self, index: usize) -> usize {
-        match &self.packs {
-            Some(packs) => packs.pack(index).iter().map(|piece| (piece.end - piece.start) as usize).sum(),
-            None => self.samples.length(index),
+        match &self.elements {
+            Elements::Samples => self.samples.length(index),
+            Elements::Packs(packs) => packs.pack(index).iter().map(|piece| (piece.end - piece.start) as usize).sum(),
+            Elements::Pairs => self.samples.length(2 * index) + self.samples.length(2 * index + 1),
         }
     }
 

@@ -82,6 +82,12 @@ impl Wanted {
                 let want = |optional| if optional { Want::TextOrNone } else { Want::Text };
                 columns.iter().map(|column| one(&column.column, want(column.optional), "`column_map`")).collect()
             }
+            RowsPlan::Pairs { prompt: Some(prompt), chosen, rejected, .. } => {
+                [prompt, chosen, rejected].map(|column| one(column, Want::Text, "`column_map`")).into()
+            }
+            RowsPlan::Pairs { chosen, rejected, .. } => {
+                [chosen, rejected].map(|column| one(column, Want::Nested, "`column_map`")).into()
+            }
             RowsPlan::Chat { column, .. } => vec![one(column, Want::Nested, "`conversation_column`, or `column_map`,")],
             RowsPlan::Text { column, .. } => vec![one(column, Want::Text, "`column`")],
         }

@@ -69,6 +69,8 @@ pub struct Row {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Keep(Vec<Message>),
+    /// Of a preference data set's row: the better and the worse conversation.
+    Pair([Vec<Message>; 2]),
     /// The template leaves the row out on purpose.
     Skip(String),
     /// The row is bad: `on_bad_row` decides.

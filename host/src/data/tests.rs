@@ -661,6 +661,7 @@ fn conversations_are_read_in_both_forms() {
                 Ok(messages.iter().map(|m| format!("{}: {}", m.role.name(), m.parts.join("|"))).collect())
             }
             Outcome::Skip(why) | Outcome::Fail(why) => Err(why),
+            Outcome::Pair(_) => Err("a pair".to_owned()),
         }
     };
     let (sharegpt, openai) = (ChatStyle::ShareGpt, ChatStyle::OpenAi);

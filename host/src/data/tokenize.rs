@@ -35,8 +35,8 @@ pub fn prepare(
     Tokenized::concatenated(parts).ok_or_else(|| Error::bug("a run without a data set"))
 }
 
-/// A row's sample; none where the template leaves the row out; or why the row is bad.
-pub type Made = Result<Option<Encoded>, String>;
+/// A row's sample, or the two of a pair; none where the template leaves the row out; or why the row is bad.
+pub type Made = Result<Option<Vec<Encoded>>, String>;
 
 /// What becomes of the first `count` rows of a data set, and where each stands. Nothing is cached.
 pub fn preview(
@@ -88,6 +88,7 @@ fn one(
     // Packing is a pass over the lengths: quicker than to read it from a file.
     Ok(match &plan.packing {
         Some(packing) => tokenized.packed(packing),
+        None if matches!(plan.rows, RowsPlan::Pairs { .. }) => tokenized.paired(),
         None => tokenized,
     })
 }
@@ -160,6 +161,9 @@ fn cache_key(
         }
         RowsPlan::Chat { column, style, template } => {
             format!("{column} {style:?} {}", template.as_ref().is_some_and(|t| t.joined))
+        }
+        RowsPlan::Pairs { prompt, chosen, rejected, template } => {
+            format!("{prompt:?} {chosen} {rejected} {}", template.is_some())
         }
         RowsPlan::Text { .. } => format!("{rows:?}"),
     };
@@ -299,7 +303,7 @@ impl<'t> Worker<'t> {
             Batch { samples: Samples::default(), report: Report::default(), num_rows: source_rows.len() as u64 };
         for (place, made) in self.outcomes((index * BATCH_ROWS) as u64, source_rows)? {
             match made {
-                Ok(Some(encoded)) => batch.keep(&encoded),
+                Ok(Some(samples)) => samples.iter().for_each(|sample| batch.keep(sample)),
                 Ok(None) => batch.report.left_out += 1,
                 Err(why) => self.bad_row(&mut batch.report, &place, &why)?,
             }
@@ -328,14 +332,17 @@ impl<'t> Worker<'t> {
         Ok(match &mut self.maker {
             Maker::Texts { add_eos } => {
                 let text = |cells: Vec<SourceCell>| match cells.first() {
-                    Some(SourceCell::Text(text)) => encoder.text(text, *add_eos).map(Some),
+                    Some(SourceCell::Text(text)) => encoder.text(text, *add_eos).map(|text| Some(vec![text])),
                     _ => Err("the row has no text".to_owned()),
                 };
                 rows.into_iter().map(text).collect()
             }
             Maker::Conversations(conversations) => {
                 let sample = |outcome| match outcome {
-                    Outcome::Keep(messages) => encoder.sample(&messages).map(Some),
+                    Outcome::Keep(messages) => encoder.sample(&messages).map(|sample| Some(vec![sample])),
+                    Outcome::Pair(sides) => {
+                        sides.iter().map(|messages| encoder.sample(messages)).collect::<Result<_, _>>().map(Some)
+                    }
                     Outcome::Skip(_) => Ok(None),
                     Outcome::Fail(why) => Err(why),
                 };

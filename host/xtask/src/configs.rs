@@ -1,4 +1,4 @@
-//! `cargo xtask configs`: the LoRA configs of torchtune's names, a table and one text.
+//! `cargo xtask configs`: the configs of torchtune's names that train adapters, a table and one text.
 //!
 //! The values are those of torchtune's last configs of these names (Code Llama: v0.2.1's). `llama3_1/8B_lora`, `generation`
 //! and SmolLM2's are written by hand.
@@ -23,6 +23,15 @@ struct Row {
     batch_size: u32,
     /// An adapter on the output layer.
     adapts_output: bool,
+    method: Method,
+}
+
+#[derive(Clone, Copy)]
+enum Method {
+    Instructions,
+    Preferences,
+    /// From a larger model: its component, and its name on the hub.
+    Distillation(&'static str, &'static str),
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -66,6 +75,7 @@ const fn row(
         accumulation,
         batch_size: 2,
         adapts_output: false,
+        method: Method::Instructions,
     }
 }
 
@@ -102,6 +112,11 @@ const ROWS: &[Row] = &[
     row("qwen3/4B", "qwen3_4b_instruct", "Qwen/Qwen3-4B", QWEN3, Both, 8),
     row("qwen3/8B", "qwen3_8b_instruct", "Qwen/Qwen3-8B", QWEN3, Both, 8),
     row("qwen3/14B", "qwen3_14b_instruct", "Qwen/Qwen3-14B", QWEN3, Single, 8),
+    Row { method: Method::Preferences, ..row("llama2/7B", "llama2_7b", "meta-llama/Llama-2-7b-hf", Llama2, Both, 8) },
+    Row { method: Method::Preferences, ..row("llama3_1/8B", "llama3_1_8b", "meta-llama/Meta-Llama-3.1-8B-Instruct", Llama3, Both, 8) },
+    Row { batch_size: 8, method: Method::Distillation("qwen2_1_5b", "Qwen/Qwen2-1.5B-Instruct"), ..row("qwen2/1.5_to_0.5B", "qwen2_0_5b", "Qwen/Qwen2-0.5B-Instruct", QWEN2, Both, 32) },
+    Row { batch_size: 4, method: Method::Distillation("llama3_1_8b", "meta-llama/Meta-Llama-3.1-8B-Instruct"), ..row("llama3_2/8B_to_1B", "llama3_2_1b", "meta-llama/Llama-3.2-1B-Instruct", Llama3, Both, 64) },
+    Row { method: Method::Distillation("qwen3_14b_instruct", "Qwen/Qwen3-14B"), ..row("qwen3/14B_to_8B", "qwen3_8b_base", "Qwen/Qwen3-8B", QWEN3, Single, 64) },
     row("qwen3/32B", "qwen3_32b", "Qwen/Qwen3-32B", QWEN3, Distributed, 8),
 ];
 
@@ -130,42 +145,92 @@ pub fn generate(root: &Path, check: bool) -> Result<()> {
 
 fn files() -> Vec<(PathBuf, String)> {
     let of_row = |row: &Row| {
-        let distributed =
-            (row.runs != Single).then(|| (PathBuf::from(format!("{}_lora.yaml", row.name)), text(row, true)));
-        let single = (row.runs != Distributed)
-            .then(|| (PathBuf::from(format!("{}_lora_single_device.yaml", row.name)), text(row, false)));
-        [distributed, single].into_iter().flatten()
+        let file = |distributed| {
+            (PathBuf::from(format!("{}_{}.yaml", row.name, suffix(row, distributed))), text(row, distributed))
+        };
+        [(row.runs != Single).then(|| file(true)), (row.runs != Distributed).then(|| file(false))].into_iter().flatten()
     };
     ROWS.iter().flat_map(of_row).collect()
 }
 
+/// The end of a config's name.
+fn suffix(row: &Row, distributed: bool) -> &'static str {
+    match (row.method, distributed) {
+        (Method::Instructions, true) => "lora",
+        (Method::Instructions, false) => "lora_single_device",
+        (Method::Preferences, true) => "lora_dpo",
+        (Method::Preferences, false) => "lora_dpo_single_device",
+        (Method::Distillation(..), true) => "KD_lora_distributed",
+        (Method::Distillation(..), false) => "KD_lora_single_device",
+    }
+}
+
 fn text(row: &Row, distributed: bool) -> String {
-    let Row { name, model, repo, tokenizer, runs: _, rank, alpha, lr, accumulation, batch_size, adapts_output } = row;
+    let Row { name, model, repo, tokenizer, runs: _, rank, alpha, lr, accumulation, batch_size, adapts_output, method } =
+        row;
     let (lr, accumulation) = (lr[usize::from(!distributed)], accumulation[usize::from(!distributed)]);
-    let folder = format!("/tmp/{}", repo.rsplit('/').next().unwrap_or(repo));
+    let folder_of = |repo: &str| format!("/tmp/{}", repo.rsplit('/').next().unwrap_or(repo));
+    let folder = folder_of(repo);
     let (family, size) = name.split_once('/').unwrap_or((name, ""));
-    let (suffix, command) = if distributed {
-        ("lora", "--nproc 2 lora_finetune_distributed")
-    } else {
-        ("lora_single_device", "lora_finetune_single_device")
+    let suffix = suffix(row, distributed);
+    let recipe = match (method, distributed) {
+        (Method::Instructions, true) => "lora_finetune_distributed",
+        (Method::Instructions, false) => "lora_finetune_single_device",
+        (Method::Preferences, true) => "lora_dpo_distributed",
+        (Method::Preferences, false) => "lora_dpo_single_device",
+        (Method::Distillation(..), true) => "knowledge_distillation_distributed",
+        (Method::Distillation(..), false) => "knowledge_distillation_single_device",
     };
+    let command = if distributed { format!("--nproc 2 {recipe}") } else { recipe.to_owned() };
     let (modules, mlp) = match family {
         "code_llama2" => ("[q_proj, v_proj]", "False"),
         _ => ("[q_proj, v_proj, output_proj]", "True"),
     };
     let output = if *adapts_output { "True" } else { "False" };
     // Measured before and after; `run_val_every_n_steps` in between.
-    let (split, validation) = if distributed {
-        let validation = "\
+    let validation = "\
 dataset_val:
   _component_: alpaca_cleaned_dataset
   split: train[95%:]
 run_val_every_n_steps: null # besides before and after the run
 ";
-        ("\n  split: train[:95%]", validation)
-    } else {
-        ("", "")
+    let data = match (method, distributed) {
+        (Method::Preferences, _) => "  _component_: stack_exchange_paired_dataset\n".to_owned(),
+        (Method::Instructions, true) => {
+            format!("  _component_: alpaca_cleaned_dataset\n  split: train[:95%]\n  packed: False\n{validation}")
+        }
+        _ => "  _component_: alpaca_cleaned_dataset\n  packed: False\n".to_owned(),
     };
+    let (what, teacher, loss) = match method {
+        Method::Instructions => ("LoRA", String::new(), "  _component_: cross_entropy\n"),
+        Method::Preferences => {
+            ("Preferences (DPO), LoRA", String::new(), "  _component_: DPOLoss\n  beta: 0.1\n  label_smoothing: 0\n")
+        }
+        Method::Distillation(model, repo) => {
+            let folder = folder_of(repo);
+            let teacher = format!(
+                "\
+teacher_model:
+  _component_: {model}
+teacher_checkpointer:
+  _component_: FullModelHFCheckpointer
+  checkpoint_dir: {folder}
+
+"
+            );
+            let loss = "  _component_: cross_entropy
+kd_loss:
+  _component_: ForwardKLLoss
+kd_ratio: 0.5 # the share of kd_loss; loss has the rest
+";
+            ("Distillation, LoRA", teacher, loss)
+        }
+    };
+    let (lr, weight_decay, most_steps, length) = match method {
+        Method::Preferences => ("5e-4", "0.05", "1000", "1024"),
+        _ => (lr, "0.01", "null", "null"),
+    };
+    let batch_size = if matches!(method, Method::Preferences) { &4 } else { batch_size };
     let tokenizer = match tokenizer {
         Llama2 => format!("llama2_tokenizer\n  path: {folder}/tokenizer.model"),
         Mistral => format!("mistral_tokenizer\n  path: {folder}/tokenizer.model"),
@@ -174,13 +239,17 @@ run_val_every_n_steps: null # besides before and after the run
             format!("{version}_tokenizer\n  path: {folder}/vocab.json\n  merges_file: {folder}/merges.txt")
         }
     };
-    let download = match repo.starts_with("Qwen") {
-        true => format!("host download {repo} --output-dir {folder}"),
-        false => format!("host download {repo} --output-dir {folder} --hf-token <TOKEN>"),
+    let download = |repo: &str| {
+        let token = if repo.starts_with("Qwen") { "" } else { " --hf-token <TOKEN>" };
+        format!("host download {repo} --output-dir {}{token}", folder_of(repo))
+    };
+    let download = match method {
+        Method::Distillation(_, teacher) => format!("{}\n#   {}", download(teacher), download(repo)),
+        _ => download(repo),
     };
     format!(
         "\
-# LoRA for {repo}.
+# {what} for {repo}.
 #
 #   {download}
 #   host run {command} --config {name}_{suffix}
@@ -198,7 +267,7 @@ model:
   lora_alpha: {alpha} # the adapter's scale is alpha / rank
   lora_dropout: 0.0
 
-checkpointer:
+{teacher}checkpointer:
   _component_: FullModelHFCheckpointer
   checkpoint_dir: {folder} # never written to
   output_dir: ${{output_dir}}
@@ -207,12 +276,10 @@ save_adapter_weights_only: False
 
 tokenizer:
   _component_: {tokenizer}
-  max_seq_len: null # longer samples are cut to this many tokens
+  max_seq_len: {length} # longer samples are cut to this many tokens
 
 dataset:
-  _component_: alpaca_cleaned_dataset{split}
-  packed: False
-{validation}seed: null
+{data}seed: null
 shuffle: True
 batch_size: {batch_size} # per rank
 gradient_accumulation_steps: {accumulation}
@@ -220,16 +287,15 @@ gradient_accumulation_steps: {accumulation}
 optimizer:
   _component_: AdamW
   lr: {lr}
-  weight_decay: 0.01
+  weight_decay: {weight_decay}
 lr_scheduler:
   _component_: cosine
   num_warmup_steps: 100
 loss:
-  _component_: cross_entropy
-clip_grad_norm: null
+{loss}clip_grad_norm: null
 
 epochs: 1
-max_steps_per_epoch: null
+max_steps_per_epoch: {most_steps}
 
 metric_logger:
   _component_: DiskLogger

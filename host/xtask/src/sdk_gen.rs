@@ -285,7 +285,7 @@ impl Surface<'_> {
              use rhai::{Array, Dynamic, INT, Map, NativeCallContext};\n\
              use wasmtime::component::Resource;\n\n\
              use super::api::{HostState, tensors, training, types};\n\
-             use super::rhai::{Convert, Front, Handle, Kind, Pull, Shared, call, floats, integers, placed, plain};\n",
+             use super::rhai::{Cases, Convert, Front, Handle, Kind, Pull, Shared, call, case, floats, integers, placed, plain};\n",
         );
         for interface in &self.interfaces {
             for (_, id) in &interface.types {
@@ -375,6 +375,12 @@ impl Surface<'_> {
                     let _ = writeln!(out, "            Self::{} => \"{}\".into(),", camel(&case.name), case.name);
                 }
                 out.push_str("        }\n    }\n}\n");
+                let _ =
+                    write!(out, "\nimpl Cases for {path} {{\n    const CASES: &'static [(&'static str, Self)] = &[\n");
+                for case in &cases.cases {
+                    let _ = writeln!(out, "        (\"{}\", Self::{}),", case.name, camel(&case.name));
+                }
+                out.push_str("    ];\n}\n");
             }
             TypeDefKind::Variant(variant) => {
                 // The value alone says which case it is, so a script sees the value.
@@ -504,6 +510,12 @@ impl Surface<'_> {
                     ("Array".into(), format!("integers(\"{name}\", {param})?"))
                 }
                 (None, ty) if self.list_of(ty, Type::F64) => ("Array".into(), format!("floats(\"{name}\", {param})?")),
+                (None, Type::Id(id))
+                    if matches!(self.resolve.types[self.definition(*id)].kind, TypeDefKind::Enum(_)) =>
+                {
+                    let of = self.rust_path(self.definition(*id))?;
+                    ("rhai::ImmutableString".into(), format!("case::<{of}>(\"{name}\", &{param})?"))
+                }
                 (None, other) => return Err(format!("`{name}` takes {other:?}, which is not translated")),
             };
             closure.push(format!("{param}: {rust}"));
@@ -644,6 +656,10 @@ pub const TEMPLATE_FUNCTIONS: &[(&str, &str)] = &[
     ("fn assistant(parts: Array) -> Message", "Likewise, in parts."),
     ("fn tool(parts: String) -> Message", "What a tool answered."),
     ("fn tool(parts: Array) -> Message", "Likewise, in parts."),
+    (
+        "fn pair(chosen: Array, rejected: Array) -> Verdict",
+        "Of a preference data set's row: the messages of the better and of the worse answer.",
+    ),
     ("fn skip(reason: String) -> Verdict", "Leaves the row out."),
     ("fn fail(reason: String) -> Verdict", "Calls the row bad; `on_bad_row` decides."),
     ("fn get role(self: Message) -> String", "`system`, `user`, `assistant` or `tool`."),

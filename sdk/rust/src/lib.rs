@@ -41,19 +41,20 @@ mod ops;
 mod recipe;
 mod template;
 
-pub use bindings::host::sdk::tensors::{Tensor, WeightedLoss, arange, from_numbers, full};
+pub use bindings::host::sdk::tensors::{Over, Tensor, WeightedLoss, arange, from_numbers, full, set_grad_enabled};
 pub use bindings::host::sdk::training::{Batch, Model, Run, Step, open};
 pub use bindings::host::sdk::types::{Code, Error as CallError, Value, log};
 pub use error::{Error, Result};
 pub use loss::{Loss, Settings};
+pub use ops::no_grad;
 pub use recipe::{Batches, Steps};
-pub use template::{Message, Role, Row, RowError, Template};
+pub use template::{Message, Outcome, Preference, Role, Row, RowError, Template};
 
 /// What nearly every guest uses.
 pub mod prelude {
     pub use crate::{
-        Batch, Error, Loss, Message, Model, Result, Role, Row, RowError, Run, Settings, Step, Template, Tensor,
-        WeightedLoss, open,
+        Batch, Error, Loss, Message, Model, Outcome, Over, Preference, Result, Role, Row, RowError, Run, Settings,
+        Step, Template, Tensor, WeightedLoss, open,
     };
 }
 

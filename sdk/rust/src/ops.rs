@@ -2,7 +2,15 @@
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-use crate::{Result, Tensor};
+use crate::{Result, Tensor, set_grad_enabled};
+
+/// What `work` computes has no gradient.
+pub fn no_grad<T>(work: impl FnOnce() -> T) -> T {
+    let before = set_grad_enabled(false);
+    let made = work();
+    set_grad_enabled(before);
+    made
+}
 
 macro_rules! operator {
     ($operator:ident, $method:ident, $scalar:ident) => {

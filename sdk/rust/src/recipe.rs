@@ -1,6 +1,6 @@
 //! Loops over a run: iterators, and the macro that makes a function a recipe.
 
-use crate::{Batch, CallError, Result, Run, Step};
+use crate::{Batch, CallError, Error, Result, Run, Step, Value};
 
 /// The steps of a run; see [`Run::steps`].
 pub struct Steps<'a> {
@@ -18,6 +18,18 @@ impl Run {
     /// The steps that are left, until the run is complete or was asked to stop. After an error there are no more.
     pub fn steps(&self) -> Steps<'_> {
         Steps { run: self, ended: false }
+    }
+
+    /// A number of the config by dotted path, such as `loss.beta`.
+    ///
+    /// # Errors
+    /// There is no such key, or it holds something else.
+    pub fn number(&self, key: &str) -> Result<f64> {
+        match self.config(key)? {
+            Value::Int(value) => Ok(value as f64),
+            Value::Num(value) => Ok(value),
+            _ => Err(Error::new(format!("`{key}` must be a number"))),
+        }
     }
 }
 

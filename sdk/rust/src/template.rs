@@ -7,7 +7,7 @@ use crate::bindings::template::exports::host::sdk::rows;
 use crate::error::into_failure;
 use crate::{Error, Result};
 
-pub use rows::{Message, Role};
+pub use rows::{Message, Outcome, Preference, Role};
 
 /// How rows of data become messages.
 ///
@@ -36,7 +36,15 @@ pub trait Template: Default {
     fn configure(&mut self, columns: &[String]) -> Result<Vec<String>>;
 
     /// The messages of one row, or why it has none.
-    fn render(&mut self, row: Row) -> Result<Vec<Message>, RowError>;
+    fn render(&mut self, row: Row) -> Result<Vec<Message>, RowError> {
+        let _ = row;
+        Err("the template makes no single conversation".into())
+    }
+
+    /// What becomes of one row. For a preference data set's, in place of [`Template::render`], an [`Outcome::Pair`].
+    fn outcome(&mut self, row: Row) -> Result<Outcome, RowError> {
+        self.render(row).map(Outcome::Keep)
+    }
 }
 
 /// One row: the values of the columns that [`Template::configure`] gave back.
@@ -170,8 +178,8 @@ pub fn render<T: Template>(rows: &Rows<T>, batch: Vec<rows::Row>) -> Result<Vec<
     let mut configured = rows.0.borrow_mut();
     let (template, columns) =
         configured.as_mut().ok_or_else(|| into_failure(Error::new("`render` was called before `configure`")))?;
-    let outcome = |row| match template.render(Row { columns, row }) {
-        Ok(messages) => rows::Outcome::Keep(messages),
+    let outcome = |row| match template.outcome(Row { columns, row }) {
+        Ok(outcome) => outcome,
         Err(RowError::Skip(reason)) => rows::Outcome::Skip(reason),
         Err(RowError::Fail(reason)) => rows::Outcome::Fail(reason),
     };

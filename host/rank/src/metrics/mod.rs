@@ -19,11 +19,30 @@ use tensorboard::EventFile;
 
 /// One step's figures, in the order they are printed.
 #[derive(Clone, Debug, Default)]
-pub struct StepMetrics(Vec<(&'static str, f64)>);
+pub struct StepMetrics(Vec<(String, f64)>);
+
+/// What the host measures itself.
+pub const OWN: &[&str] = &[
+    "step",
+    "loss",
+    "val_loss",
+    "lr",
+    "tokens_per_second_per_gpu",
+    "tokens_per_second",
+    "grad_norm",
+    "label_tokens",
+    "real_tokens",
+    "padded_tokens",
+    "seconds",
+    "peak_rss_mb",
+    "peak_memory_active",
+    "peak_memory_alloc",
+    "peak_memory_reserved",
+];
 
 impl StepMetrics {
-    pub fn push(&mut self, key: &'static str, value: f64) {
-        self.0.push((key, value));
+    pub fn push(&mut self, key: &str, value: f64) {
+        self.0.push((key.to_owned(), value));
     }
 
     /// torchtune's line, its blank at the end included.

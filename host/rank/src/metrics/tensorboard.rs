@@ -67,7 +67,7 @@ impl EventFile {
     }
 
     /// Adds the scalars of a step, an event each as PyTorch's writer has it.
-    pub fn scalars(&mut self, step: usize, scalars: &[(&'static str, f64)]) -> Result<()> {
+    pub fn scalars(&mut self, step: usize, scalars: &[(String, f64)]) -> Result<()> {
         let wall_time = now();
         scalars.iter().try_for_each(|(tag, value)| self.write(&scalar(wall_time, step, tag, *value)))
     }

@@ -17,6 +17,8 @@ pub struct Forward<'a> {
     pub sin: Tensor,
     /// Adapter dropout, when training with any: one key per token `[T]`, made of seed, step, sample and position.
     pub dropout_keys: Option<Tensor>,
+    /// Whether adapters count; without them the model is what it was before training.
+    pub adapters: bool,
 }
 
 impl Forward<'_> {
@@ -27,6 +29,7 @@ impl Forward<'_> {
             cos: self.cos.shallow_clone(),
             sin: self.sin.shallow_clone(),
             dropout_keys: self.dropout_keys.as_ref().map(|keys| keys.index_select(0, rows)),
+            adapters: self.adapters,
         }
     }
 }
@@ -39,9 +42,13 @@ pub struct Linear {
 }
 
 impl Linear {
+    fn adapter(&self, forward: &Forward) -> Option<&LoraPair> {
+        self.lora.as_ref().filter(|_| forward.adapters)
+    }
+
     /// `y = x Wᵀ + (α/r) (dropout(x) Aᵀ) Bᵀ`.
     pub fn forward(&self, x: &Tensor, forward: &Forward) -> Result<Tensor> {
-        let Some(lora) = &self.lora else {
+        let Some(lora) = self.adapter(forward) else {
             return self.frozen.forward(x).torch(format!("apply `{}`", self.name));
         };
         let dropped = match &forward.dropout_keys {
@@ -143,7 +150,7 @@ impl Head {
         chunk_rows: i64,
         forward: &Forward,
     ) -> Result<Tensor> {
-        match &self.0.lora {
+        match self.0.adapter(forward) {
             Some(lora) => self.adapted_cross_entropy_sum(lora, hidden, labels, chunk_rows, forward),
             None => {
                 autograd::linear_cross_entropy_sum(hidden, &self.0.frozen, labels, chunk_rows).torch("compute the loss")
@@ -151,7 +158,17 @@ impl Head {
         }
     }
 
-    /// The same for a head with an adapter. As in the fused loss, gradients are made on the way forward, chunk by chunk, so
+    /// Log-probability of each label, fp32 `[L]`, at most `chunk_rows` rows of scores at a time; all of them with an adapter.
+    pub fn log_probs(&self, hidden: &Tensor, labels: &Tensor, chunk_rows: i64, forward: &Forward) -> Result<Tensor> {
+        if self.0.adapter(forward).is_some() {
+            let scores = self.logits(hidden, forward)?;
+            return Ok(scores.log_softmax(-1, Kind::Float).gather(1, &labels.unsqueeze(1), false).squeeze_dim(1));
+        }
+        let losses = autograd::linear_cross_entropy(hidden, &self.0.frozen, labels, chunk_rows);
+        Ok(losses.torch("compute log-probabilities")?.neg())
+    }
+
+    /// [`Self::cross_entropy_sum`] for a head with an adapter. As in the fused loss, gradients are made on the way forward, chunk by chunk, so
     /// that one chunk of scores is all that ever exists; what is returned only carries them.
     fn adapted_cross_entropy_sum(
         &self,
@@ -233,7 +250,13 @@ mod tests {
         let hidden = Tensor::randn([rows, hidden_size], kinds).set_requires_grad(true);
         let labels = Tensor::from_slice(&[3i64, 0, 12, -100, 5, 5, 1, 2, -100, 9, 11]);
         let empty = Tensor::zeros([0], kinds);
-        let forward = Forward { cu_seqlens: &[0, rows], cos: empty.shallow_clone(), sin: empty, dropout_keys: None };
+        let forward = Forward {
+            cu_seqlens: &[0, rows],
+            cos: empty.shallow_clone(),
+            sin: empty,
+            dropout_keys: None,
+            adapters: true,
+        };
 
         let adapted = weight + lora.b.matmul(&lora.a) * lora.scale;
         let expected = hidden.matmul(&adapted.tr());

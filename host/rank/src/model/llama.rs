@@ -44,7 +44,7 @@ impl Llama {
     /// What a forward over `positions` `[T]` needs, without dropout.
     pub fn forward<'a>(&self, positions: &Tensor, cu_seqlens: &'a [i64]) -> Forward<'a> {
         let (cos, sin) = self.rope.angles(positions);
-        Forward { cu_seqlens, cos, sin, dropout_keys: None }
+        Forward { cu_seqlens, cos, sin, dropout_keys: None, adapters: true }
     }
 
     /// Hidden states after the final norm at `rows` (all when `None`) for `tokens` `[T]`: `[rows, D]`.

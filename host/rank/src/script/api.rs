@@ -7,6 +7,7 @@
 //! Between two backward passes every tensor a guest makes counts, dropped or not, because autograd may keep it; after one only
 //! those it still holds do. What no limit here sees is a graph that a guest keeps through another backward pass.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use host::config::plan::GuestLimits;
@@ -19,6 +20,8 @@ use super::limits::Clock;
 use super::log::SharedLog;
 use super::tensors::TensorSlot;
 use super::training::{BatchInfo, Training};
+use crate::metrics;
+use crate::train::{Over, Which};
 
 /// The traits and types that WIT defines, as Rust.
 pub mod wit {
@@ -92,8 +95,8 @@ pub struct Batch {
     turn: u64,
 }
 
-/// The handle of the run's one model.
-pub struct Model;
+/// The handle of a model.
+pub struct Model(Which);
 
 /// A step handle.
 pub struct Step {
@@ -128,6 +131,10 @@ pub struct HostState {
     /// Bytes of tensors that the guest holds or that autograd may, and the most there may be.
     pub(super) tensor_bytes: usize,
     pub(super) max_tensor_bytes: usize,
+    /// Whether the guest's operations record how they were computed.
+    pub(super) grad: bool,
+    /// Metrics that the guest named.
+    metrics: BTreeSet<String>,
     training: Option<Box<dyn Training>>,
     /// Where the guest's tensors are; none where it has no tensors.
     pub(super) device: Option<tch::Device>,
@@ -151,6 +158,8 @@ impl HostState {
             max_handles: limits.handles,
             tensor_bytes: 0,
             max_tensor_bytes: limits.tensors_mb << 20,
+            grad: true,
+            metrics: BTreeSet::new(),
             device: training.as_ref().map(|training| training.device()),
             training,
             opened: false,
@@ -198,6 +207,7 @@ impl HostState {
     /// Begins a call that a guest without a run is given: its tensors die with it.
     pub(super) fn begin_call(&mut self) {
         self.turns += 1;
+        self.grad = true;
         self.turn =
             Some(Turn { number: self.turns, batch: None, waiting: None, all_taken: true, weighs_nothing: false });
         self.clock.restart();
@@ -237,6 +247,31 @@ impl HostState {
         self.in_training(|training| training.next_batch())
     }
 
+    fn check_metric(&mut self, name: &str) -> HostResult<()> {
+        const MOST: usize = 200;
+        let is_fine = |c: char| c.is_ascii_alphanumeric() || "/_.-".contains(c);
+        if name.is_empty() || name.len() > 64 || !name.chars().all(is_fine) {
+            let message = format!(
+                "`{}` is no name of a metric",
+                name.escape_debug().to_string().chars().take(80).collect::<String>()
+            );
+            return Err(HostError::guest(types::Code::Invalid, message)
+                .hint("names are of letters, digits and `/ _ . -`, 64 at most"));
+        }
+        if metrics::OWN.contains(&name) {
+            return Err(HostError::guest(types::Code::Invalid, format!("`{name}` is a metric of the host's"))
+                .hint("take another name"));
+        }
+        if !self.metrics.contains(name) {
+            if self.metrics.len() == MOST {
+                let message = format!("`{name}` is one metric more than the {MOST} that a run may have");
+                return Err(HostError::guest(types::Code::Limit, message));
+            }
+            self.metrics.insert(name.to_owned());
+        }
+        Ok(())
+    }
+
     fn training(&mut self) -> HostResult<&mut dyn Training> {
         match self.training.as_deref_mut() {
             Some(training) => Ok(training),
@@ -250,6 +285,35 @@ impl HostState {
         let result = work(self.training()?);
         self.clock.leave_host(entered);
         Ok(result?)
+    }
+
+    /// Work of a model, with a gradient where the guest wants one.
+    fn in_model<T>(&mut self, work: impl FnOnce(&mut dyn Training) -> host::Result<T>) -> HostResult<T> {
+        if self.grad { self.in_training(work) } else { tch::no_grad(|| self.in_training(work)) }
+    }
+
+    fn which(&self, handle: &Resource<Model>) -> HostResult<Which> {
+        Ok(self.models.get(handle).ok_or_else(unknown_handle)?.0)
+    }
+
+    /// Numbers of the guest's over all ranks, where all of them are.
+    pub(super) fn over_ranks(&mut self, values: Vec<f64>, over: tensors::Over) -> HostResult<Vec<f64>> {
+        let over = match over {
+            tensors::Over::Local => return Ok(values),
+            tensors::Over::Sum => Over::Sum,
+            tensors::Over::Mean => Over::Mean,
+            tensors::Over::Max => Over::Max,
+        };
+        if self.turn.as_ref().is_some_and(|turn| turn.batch.is_some() && !turn.all_taken) {
+            let message = "numbers are read over all ranks between batches, of which each rank has its own number";
+            return Err(HostError::guest(types::Code::Collective, message)
+                .hint("add up in a tensor, and read it after the last batch; or read this rank's with `local`"));
+        }
+        if self.training.is_none() {
+            let message = "a loss has no other ranks: the run adds up what it gives";
+            return Err(HostError::guest(types::Code::Collective, message).hint("read this rank's with `local`"));
+        }
+        self.in_training(|training| training.over_ranks(&values, over))
     }
 
     /// The step in progress, if `handle` is it.
@@ -335,6 +399,7 @@ impl training::HostRun for HostState {
         }
         self.clock.restart();
         self.turns += 1;
+        self.grad = true;
         self.turn =
             Some(Turn { number: self.turns, batch: None, waiting: None, all_taken: false, weighs_nothing: false });
         Ok(Some(self.steps.insert(Step { turn: self.turns })))
@@ -342,7 +407,22 @@ impl training::HostRun for HostState {
 
     fn model(&mut self, _run: Resource<Run>) -> wasmtime::Result<Resource<Model>> {
         self.check_handles().map_err(|error| self.trap(error))?;
-        Ok(self.models.insert(Model))
+        Ok(self.models.insert(Model(Which::Trained)))
+    }
+
+    fn reference(&mut self, _run: Resource<Run>) -> HostResult<Resource<Model>> {
+        self.check_handles()?;
+        self.training()?.has(Which::Reference);
+        Ok(self.models.insert(Model(Which::Reference)))
+    }
+
+    fn teacher(&mut self, _run: Resource<Run>) -> HostResult<Resource<Model>> {
+        self.check_handles()?;
+        if !self.training()?.has(Which::Teacher) {
+            return Err(HostError::guest(types::Code::Missing, "the config names no model to learn from")
+                .hint("give `teacher_model` and `teacher_checkpointer`"));
+        }
+        Ok(self.models.insert(Model(Which::Teacher)))
     }
 
     fn config(&mut self, _run: Resource<Run>, key: String) -> HostResult<types::Value> {
@@ -374,19 +454,42 @@ impl training::HostRun for HostState {
 }
 
 impl training::HostModel for HostState {
-    fn loss(&mut self, _model: Resource<Model>, batch: Resource<Batch>) -> HostResult<training::WeightedLoss> {
-        let key = self.batch_key(&batch)?;
-        let (sum, weight) = self.in_training(|training| training.loss(key))?;
+    fn loss(&mut self, model: Resource<Model>, batch: Resource<Batch>) -> HostResult<training::WeightedLoss> {
+        let (which, key) = (self.which(&model)?, self.batch_key(&batch)?);
+        let (sum, weight) = self.in_model(|training| training.loss(key, which))?;
         if let Some(turn) = &mut self.turn {
             turn.weighs_nothing = weight == 0.0;
         }
         Ok(training::WeightedLoss { sum: self.keep(sum)?, weight })
     }
 
-    fn logits(&mut self, _model: Resource<Model>, batch: Resource<Batch>) -> HostResult<Resource<TensorSlot>> {
-        let key = self.batch_key(&batch)?;
-        let logits = self.in_training(|training| training.logits(key))?;
+    fn logits(&mut self, model: Resource<Model>, batch: Resource<Batch>) -> HostResult<Resource<TensorSlot>> {
+        let (which, key) = (self.which(&model)?, self.batch_key(&batch)?);
+        let logits = self.in_model(|training| training.logits(key, which))?;
         self.keep(logits)
+    }
+
+    fn logits_part(
+        &mut self,
+        model: Resource<Model>,
+        batch: Resource<Batch>,
+        start: i64,
+        length: i64,
+    ) -> HostResult<Resource<TensorSlot>> {
+        let (which, key) = (self.which(&model)?, self.batch_key(&batch)?);
+        let labels = self.batch_info(&batch).map_or(0, |info| info.num_labels);
+        if start < 0 || length < 0 || start.checked_add(length).is_none_or(|end| end > labels) {
+            let message = format!("`logits_part`: {length} positions from {start} on, of a batch that has {labels}");
+            return Err(HostError::guest(types::Code::Shape, message));
+        }
+        let logits = self.in_model(|training| training.logits_part(key, which, start, length))?;
+        self.keep(logits)
+    }
+
+    fn log_probs(&mut self, model: Resource<Model>, batch: Resource<Batch>) -> HostResult<Resource<TensorSlot>> {
+        let (which, key) = (self.which(&model)?, self.batch_key(&batch)?);
+        let log_probs = self.in_model(|training| training.log_probs(key, which))?;
+        self.keep(log_probs)
     }
 
     fn drop(&mut self, model: Resource<Model>) -> wasmtime::Result<()> {
@@ -402,6 +505,21 @@ impl training::HostBatch for HostState {
 
     fn num_tokens(&mut self, batch: Resource<Batch>) -> wasmtime::Result<i64> {
         Ok(self.batch_info(&batch)?.num_tokens)
+    }
+
+    fn num_samples(&mut self, batch: Resource<Batch>) -> wasmtime::Result<i64> {
+        Ok(self.batch_info(&batch)?.num_samples)
+    }
+
+    fn num_pairs(&mut self, batch: Resource<Batch>) -> HostResult<i64> {
+        let key = self.batch_key(&batch)?;
+        self.in_training(|training| training.num_pairs(key))
+    }
+
+    fn segments(&mut self, batch: Resource<Batch>) -> HostResult<Resource<TensorSlot>> {
+        let key = self.batch_key(&batch)?;
+        let segments = self.in_training(|training| training.segments(key))?;
+        self.keep(segments)
     }
 
     fn labels(&mut self, batch: Resource<Batch>) -> HostResult<Resource<TensorSlot>> {
@@ -475,6 +593,28 @@ impl training::HostStep for HostState {
         self.in_training(|training| training.backward(&sum, weight))?;
         self.count_tensors();
         Ok(())
+    }
+
+    fn record_metric(
+        &mut self,
+        step: Resource<Step>,
+        name: String,
+        sum: Resource<TensorSlot>,
+        weight: f64,
+    ) -> HostResult<()> {
+        self.turn(&step)?;
+        self.check_metric(&name)?;
+        if !(weight.is_finite() && weight >= 0.0) {
+            let message = format!("the weight of a metric must be a finite number, not below 0, and is {weight}");
+            return Err(HostError::guest(types::Code::Invalid, message));
+        }
+        let sum = self.tensor(&sum)?;
+        if sum.numel() != 1 {
+            let message = format!("a metric is a sum, a tensor of one element, not one of shape {:?}", sum.size());
+            return Err(HostError::guest(types::Code::Shape, message).hint("call `.sum()` on it"));
+        }
+        let sum = sum.detach();
+        self.in_training(|training| training.record_metric(&name, &sum, weight))
     }
 
     fn finish(&mut self, step: Resource<Step>) -> HostResult<()> {

@@ -126,6 +126,23 @@ pub fn floats(name: &str, list: Array) -> HostResult<Vec<f64>> {
     list.into_iter().map(|item| float(item).map_err(|found| wrong_item(name, "numbers", found))).collect()
 }
 
+/// An enum of the contract, by the names of its cases.
+pub trait Cases: Copy + 'static {
+    const CASES: &'static [(&'static str, Self)];
+}
+
+/// The case that a script names.
+pub fn case<T: Cases>(function: &str, name: &str) -> HostResult<T> {
+    T::CASES.iter().find(|(known, _)| *known == name).map(|(_, case)| *case).ok_or_else(|| {
+        let message = format!(
+            "`{function}` was given `{}`",
+            name.escape_debug().to_string().chars().take(80).collect::<String>()
+        );
+        let known = T::CASES.iter().map(|(known, _)| format!("\"{known}\"")).collect::<Vec<_>>().join(", ");
+        HostError::guest(types::Code::Invalid, message).hint(format!("it takes one of {known}"))
+    })
+}
+
 fn wrong_item(name: &str, wanted: &str, found: &str) -> HostError {
     HostError::guest(types::Code::Invalid, format!("`{name}` takes a list of {wanted}, and one item is a {found}"))
 }

@@ -4,7 +4,7 @@ use rhai::{Array, Dynamic, INT, Map, NativeCallContext};
 use wasmtime::component::Resource;
 
 use super::api::{HostState, tensors, training, types};
-use super::rhai::{Convert, Front, Handle, Kind, Pull, Shared, call, floats, integers, placed, plain};
+use super::rhai::{Cases, Convert, Front, Handle, Kind, Pull, Shared, call, case, floats, integers, placed, plain};
 
 impl Convert for types::Code {
     type Rhai = rhai::ImmutableString;
@@ -22,6 +22,20 @@ impl Convert for types::Code {
             Self::Internal => "internal".into(),
         }
     }
+}
+
+impl Cases for types::Code {
+    const CASES: &'static [(&'static str, Self)] = &[
+        ("invalid", Self::Invalid),
+        ("shape", Self::Shape),
+        ("missing", Self::Missing),
+        ("denied", Self::Denied),
+        ("limit", Self::Limit),
+        ("data", Self::Data),
+        ("collective", Self::Collective),
+        ("unsupported", Self::Unsupported),
+        ("internal", Self::Internal),
+    ];
 }
 
 impl Convert for types::Error {
@@ -59,6 +73,28 @@ impl Convert for types::Value {
             Self::Text(value) => Dynamic::from(value.to_rhai(shared)),
         }
     }
+}
+
+impl Convert for tensors::Over {
+    type Rhai = rhai::ImmutableString;
+
+    fn to_rhai(self, _shared: &Shared) -> rhai::ImmutableString {
+        match self {
+            Self::Local => "local".into(),
+            Self::Sum => "sum".into(),
+            Self::Mean => "mean".into(),
+            Self::Max => "max".into(),
+        }
+    }
+}
+
+impl Cases for tensors::Over {
+    const CASES: &'static [(&'static str, Self)] = &[
+        ("local", Self::Local),
+        ("sum", Self::Sum),
+        ("mean", Self::Mean),
+        ("max", Self::Max),
+    ];
 }
 
 impl Kind for tensors::Tensor {
@@ -179,6 +215,7 @@ pub fn register_tensors(front: &mut Front) {
     front.method("max_dim", &["self: Tensor", "dim: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, dim: INT| this.call(|host| tensors::HostTensor::max_dim(host, this.resource(), dim)));
     front.method("min_dim", &["self: Tensor", "dim: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, dim: INT| this.call(|host| tensors::HostTensor::min_dim(host, this.resource(), dim)));
     front.method("argmax", &["self: Tensor", "dim: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, dim: INT| this.call(|host| tensors::HostTensor::argmax(host, this.resource(), dim)));
+    front.method("segment_sum", &["self: Tensor", "segments: Tensor", "count: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, segments: Handle<tensors::Tensor>, count: INT| this.call(|host| tensors::HostTensor::segment_sum(host, this.resource(), segments.resource(), count)));
     front.method("cumsum", &["self: Tensor", "dim: int", "Tensor"], |this: &mut Handle<tensors::Tensor>, dim: INT| this.call(|host| tensors::HostTensor::cumsum(host, this.resource(), dim)));
     front.method("matmul", &["self: Tensor", "other: Tensor", "Tensor"], |this: &mut Handle<tensors::Tensor>, other: Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::matmul(host, this.resource(), other.resource())));
     front.method("gather", &["self: Tensor", "dim: int", "index: Tensor", "Tensor"], |this: &mut Handle<tensors::Tensor>, dim: INT, index: Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::gather(host, this.resource(), dim, index.resource())));
@@ -214,8 +251,10 @@ pub fn register_tensors(front: &mut Front) {
     front.method("to_int", &["self: Tensor", "Tensor"], |this: &mut Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::to_int(host, this.resource())));
     front.method("to_bool", &["self: Tensor", "Tensor"], |this: &mut Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::to_bool(host, this.resource())));
     front.method("detach", &["self: Tensor", "Tensor"], |this: &mut Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::detach(host, this.resource())));
-    front.method("item", &["self: Tensor", "float"], |this: &mut Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::item(host, this.resource())));
-    front.method("numbers", &["self: Tensor", "Array"], |this: &mut Handle<tensors::Tensor>| this.call(|host| tensors::HostTensor::numbers(host, this.resource())));
+    front.method("item", &["self: Tensor", "over: String", "float"], |this: &mut Handle<tensors::Tensor>, over: rhai::ImmutableString| this.call(|host| tensors::HostTensor::item(host, this.resource(), case::<tensors::Over>("item", &over)?)));
+    front.method("numbers", &["self: Tensor", "over: String", "Array"], |this: &mut Handle<tensors::Tensor>, over: rhai::ImmutableString| this.call(|host| tensors::HostTensor::numbers(host, this.resource(), case::<tensors::Over>("numbers", &over)?)));
+    let shared = front.shared.clone();
+    front.function("set_grad_enabled", &["enabled: bool", "bool"], move |context: NativeCallContext, enabled: bool| placed(&context, plain(&shared, |host| tensors::Host::set_grad_enabled(host, enabled))));
     let shared = front.shared.clone();
     front.function("full", &["shape: Array", "value: float", "Tensor"], move |context: NativeCallContext, shape: Array, value: f64| placed(&context, call(&shared, |host| tensors::Host::full(host, integers("full", shape)?, value))));
     let shared = front.shared.clone();
@@ -234,9 +273,14 @@ pub fn register_training(front: &mut Front) {
     front.engine.register_type_with_name::<Handle<training::Run>>("Run");
     front.property("num_labels", &["self: Batch", "int"], |this: &mut Handle<training::Batch>| this.plain(|host| training::HostBatch::num_labels(host, this.resource())));
     front.property("num_tokens", &["self: Batch", "int"], |this: &mut Handle<training::Batch>| this.plain(|host| training::HostBatch::num_tokens(host, this.resource())));
+    front.property("num_samples", &["self: Batch", "int"], |this: &mut Handle<training::Batch>| this.plain(|host| training::HostBatch::num_samples(host, this.resource())));
+    front.method("num_pairs", &["self: Batch", "int"], |this: &mut Handle<training::Batch>| this.call(|host| training::HostBatch::num_pairs(host, this.resource())));
     front.method("labels", &["self: Batch", "Tensor"], |this: &mut Handle<training::Batch>| this.call(|host| training::HostBatch::labels(host, this.resource())));
+    front.method("segments", &["self: Batch", "Tensor"], |this: &mut Handle<training::Batch>| this.call(|host| training::HostBatch::segments(host, this.resource())));
     front.method("loss", &["self: Model", "batch: Batch", "Map"], |this: &mut Handle<training::Model>, batch: Handle<training::Batch>| this.call(|host| training::HostModel::loss(host, this.resource(), batch.resource())));
     front.method("logits", &["self: Model", "batch: Batch", "Tensor"], |this: &mut Handle<training::Model>, batch: Handle<training::Batch>| this.call(|host| training::HostModel::logits(host, this.resource(), batch.resource())));
+    front.method("logits_part", &["self: Model", "batch: Batch", "start: int", "length: int", "Tensor"], |this: &mut Handle<training::Model>, batch: Handle<training::Batch>, start: INT, length: INT| this.call(|host| training::HostModel::logits_part(host, this.resource(), batch.resource(), start, length)));
+    front.method("log_probs", &["self: Model", "batch: Batch", "Tensor"], |this: &mut Handle<training::Model>, batch: Handle<training::Batch>| this.call(|host| training::HostModel::log_probs(host, this.resource(), batch.resource())));
     front.method("next_batch", &["self: Step", "Batch?"], |this: &mut Handle<training::Step>| this.call(|host| training::HostStep::next_batch(host, this.resource())));
     front.engine.register_iterator_result::<Pull<training::Step, training::Batch>, Handle<training::Batch>>();
     front.method("batches", &["self: Step", "Iterator"], |this: &mut Handle<training::Step>| -> Pull<training::Step, training::Batch> {
@@ -244,6 +288,8 @@ pub fn register_training(front: &mut Front) {
     });
     front.method("backward", &["self: Step", "sum: Tensor", "weight: float", "()"], |this: &mut Handle<training::Step>, sum: Handle<tensors::Tensor>, weight: f64| this.call(|host| training::HostStep::backward(host, this.resource(), sum.resource(), weight)));
     front.method("backward", &["self: Step", "sum: Tensor", "weight: int", "()"], |this: &mut Handle<training::Step>, sum: Handle<tensors::Tensor>, weight: INT| this.call(|host| training::HostStep::backward(host, this.resource(), sum.resource(), weight as f64)));
+    front.method("record_metric", &["self: Step", "name: String", "sum: Tensor", "weight: float", "()"], |this: &mut Handle<training::Step>, name: rhai::ImmutableString, sum: Handle<tensors::Tensor>, weight: f64| this.call(|host| training::HostStep::record_metric(host, this.resource(), name.to_string(), sum.resource(), weight)));
+    front.method("record_metric", &["self: Step", "name: String", "sum: Tensor", "weight: int", "()"], |this: &mut Handle<training::Step>, name: rhai::ImmutableString, sum: Handle<tensors::Tensor>, weight: INT| this.call(|host| training::HostStep::record_metric(host, this.resource(), name.to_string(), sum.resource(), weight as f64)));
     front.method("finish", &["self: Step", "()"], |this: &mut Handle<training::Step>| this.call(|host| training::HostStep::finish(host, this.resource())));
     front.method("next_step", &["self: Run", "Step?"], |this: &mut Handle<training::Run>| this.call(|host| training::HostRun::next_step(host, this.resource())));
     front.engine.register_iterator_result::<Pull<training::Run, training::Step>, Handle<training::Step>>();
@@ -251,6 +297,8 @@ pub fn register_training(front: &mut Front) {
         Pull::new(this, |this| this.call(|host| training::HostRun::next_step(host, this.resource())))
     });
     front.property("model", &["self: Run", "Model"], |this: &mut Handle<training::Run>| this.plain(|host| training::HostRun::model(host, this.resource())));
+    front.method("reference", &["self: Run", "Model"], |this: &mut Handle<training::Run>| this.call(|host| training::HostRun::reference(host, this.resource())));
+    front.method("teacher", &["self: Run", "Model"], |this: &mut Handle<training::Run>| this.call(|host| training::HostRun::teacher(host, this.resource())));
     front.method("config", &["self: Run", "key: String", "?"], |this: &mut Handle<training::Run>, key: rhai::ImmutableString| this.call(|host| training::HostRun::config(host, this.resource(), key.to_string())));
     let shared = front.shared.clone();
     front.function("open", &["Run"], move |context: NativeCallContext| placed(&context, call(&shared, |host| training::Host::open(host))));
@@ -299,6 +347,7 @@ pub const SIGNATURES: &[(&str, &str)] = &[
     ("max_dim", "tensor.max_dim(dim)"),
     ("min_dim", "tensor.min_dim(dim)"),
     ("argmax", "tensor.argmax(dim)"),
+    ("segment_sum", "tensor.segment_sum(segments, count)"),
     ("cumsum", "tensor.cumsum(dim)"),
     ("matmul", "tensor.matmul(other)"),
     ("gather", "tensor.gather(dim, index)"),
@@ -330,21 +379,30 @@ pub const SIGNATURES: &[(&str, &str)] = &[
     ("to_int", "tensor.to_int()"),
     ("to_bool", "tensor.to_bool()"),
     ("detach", "tensor.detach()"),
-    ("item", "tensor.item()"),
-    ("numbers", "tensor.numbers()"),
+    ("item", "tensor.item(over)"),
+    ("numbers", "tensor.numbers(over)"),
+    ("set_grad_enabled", "host::set_grad_enabled(enabled)"),
     ("full", "host::full(shape, value)"),
     ("arange", "host::arange(end)"),
     ("from_numbers", "host::from_numbers(values)"),
     ("num_labels", "batch.num_labels"),
     ("num_tokens", "batch.num_tokens"),
+    ("num_samples", "batch.num_samples"),
+    ("num_pairs", "batch.num_pairs()"),
     ("labels", "batch.labels()"),
+    ("segments", "batch.segments()"),
     ("loss", "model.loss(batch)"),
     ("logits", "model.logits(batch)"),
+    ("logits_part", "model.logits_part(batch, start, length)"),
+    ("log_probs", "model.log_probs(batch)"),
     ("next_batch", "step.next_batch()"),
     ("backward", "step.backward(sum, weight)"),
+    ("record_metric", "step.record_metric(name, sum, weight)"),
     ("finish", "step.finish()"),
     ("next_step", "run.next_step()"),
     ("model", "run.model"),
+    ("reference", "run.reference()"),
+    ("teacher", "run.teacher()"),
     ("config", "run.config(key)"),
     ("open", "host::open()"),
 ];

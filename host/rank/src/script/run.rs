@@ -4,7 +4,8 @@ use host::Result;
 use tch::Tensor;
 
 use super::training::{BatchInfo, Training};
-use crate::train::Run;
+use crate::train::batch::DeviceBatch;
+use crate::train::{Over, Run, Which};
 
 impl Training for Run {
     fn next_step(&mut self) -> Result<bool> {
@@ -13,7 +14,13 @@ impl Training for Run {
 
     fn next_batch(&mut self) -> Result<Option<BatchInfo>> {
         let batch = Run::next_batch(self)?;
-        Ok(batch.map(|(index, batch)| BatchInfo { index, num_labels: batch.num_labels, num_tokens: batch.num_tokens }))
+        let info = |(index, batch): (u64, &DeviceBatch)| BatchInfo {
+            index,
+            num_labels: batch.num_labels,
+            num_tokens: batch.num_tokens,
+            num_samples: batch.samples.len() as i64,
+        };
+        Ok(batch.map(info))
     }
 
     fn labels(&mut self, batch: u64) -> Result<Tensor> {
@@ -24,12 +31,40 @@ impl Training for Run {
         Run::device(self)
     }
 
-    fn loss(&mut self, batch: u64) -> Result<(Tensor, f64)> {
-        Run::loss(self, batch)
+    fn segments(&mut self, batch: u64) -> Result<Tensor> {
+        Run::segments(self, batch)
     }
 
-    fn logits(&mut self, batch: u64) -> Result<Tensor> {
-        Run::logits(self, batch)
+    fn num_pairs(&mut self, batch: u64) -> Result<i64> {
+        Run::num_pairs(self, batch)
+    }
+
+    fn has(&mut self, which: Which) -> bool {
+        Run::has(self, which)
+    }
+
+    fn loss(&mut self, batch: u64, which: Which) -> Result<(Tensor, f64)> {
+        Run::loss(self, batch, which)
+    }
+
+    fn logits(&mut self, batch: u64, which: Which) -> Result<Tensor> {
+        Run::logits(self, batch, which)
+    }
+
+    fn logits_part(&mut self, batch: u64, which: Which, start: i64, length: i64) -> Result<Tensor> {
+        Run::logits_part(self, batch, which, start, length)
+    }
+
+    fn log_probs(&mut self, batch: u64, which: Which) -> Result<Tensor> {
+        Run::log_probs(self, batch, which)
+    }
+
+    fn record_metric(&mut self, name: &str, sum: &Tensor, weight: f64) -> Result<()> {
+        Run::record_metric(self, name, sum, weight)
+    }
+
+    fn over_ranks(&mut self, values: &[f64], over: Over) -> Result<Vec<f64>> {
+        Run::over_ranks(self, values, over)
     }
 
     fn backward(&mut self, sum: &Tensor, weight: f64) -> Result<()> {

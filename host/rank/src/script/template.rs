@@ -207,6 +207,9 @@ impl From<rows::Outcome> for Outcome {
     fn from(outcome: rows::Outcome) -> Self {
         match outcome {
             rows::Outcome::Keep(messages) => Self::Keep(messages.into_iter().map(Message::from).collect()),
+            rows::Outcome::Pair(rows::Preference { chosen, rejected }) => {
+                Self::Pair([chosen, rejected].map(|side| side.into_iter().map(Message::from).collect()))
+            }
             rows::Outcome::Skip(reason) => Self::Skip(log::clean_line(&reason)),
             rows::Outcome::Fail(reason) => Self::Fail(log::clean_line(&reason)),
         }
@@ -254,9 +257,10 @@ struct ScriptMessage {
     train: Option<bool>,
 }
 
-/// What a script says of a row that has no messages.
+/// What a script says of a row that is not one conversation.
 #[derive(Clone)]
 enum Verdict {
+    Pair(Array, Array),
     Skip(ImmutableString),
     Fail(ImmutableString),
 }
@@ -306,6 +310,9 @@ pub fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Share
             Ok(ScriptMessage { role, parts: text_parts(name, parts)?, train: None })
         });
     }
+    front.method("pair", &["chosen: Array", "rejected: Array", "Verdict"], |chosen: Array, rejected: Array| {
+        Verdict::Pair(chosen, rejected)
+    });
     front.method("skip", &["reason: String", "Verdict"], |reason: ImmutableString| Verdict::Skip(reason));
     front.method("fail", &["reason: String", "Verdict"], |reason: ImmutableString| Verdict::Fail(reason));
     front.property("role", &["self: Message", "String"], |this: &mut ScriptMessage| -> ImmutableString {
@@ -399,26 +406,33 @@ impl ScriptRows {
         let map: Map = self.columns.iter().map(|column| column.as_str().into()).zip(cells).collect();
         let outcome = self.call("render", map.into())?;
         let outcome = match outcome.try_cast_result::<Verdict>() {
+            Ok(Verdict::Pair(chosen, rejected)) => {
+                return Ok(Outcome::Pair([self.messages(chosen)?, self.messages(rejected)?]));
+            }
             Ok(Verdict::Skip(reason)) => return Ok(Outcome::Skip(log::clean_line(&reason))),
             Ok(Verdict::Fail(reason)) => return Ok(Outcome::Fail(log::clean_line(&reason))),
             Err(outcome) => outcome,
         };
-        let wrong = |kind: &str| {
-            let hint =
-                "give back an array of `user(…)`, `assistant(…)`, `system(…)`, or `skip(reason)`, or `fail(reason)`";
-            self.blame.error().cause(format!("`render` gave back {kind}, not an array of messages")).hint(hint)
-        };
-        let messages = outcome.into_array().map_err(wrong)?;
+        let messages = outcome.into_array().map_err(|kind| self.no_messages(kind))?;
+        Ok(Outcome::Keep(self.messages(messages)?))
+    }
+
+    fn no_messages(&self, found: &str) -> Error {
+        let hint = "give back an array of `user(…)`, `assistant(…)`, `system(…)`, or `skip(reason)`, or `fail(reason)`";
+        self.blame.error().cause(format!("`render` gave back {found}, not an array of messages")).hint(hint)
+    }
+
+    fn messages(&self, messages: Array) -> Result<Vec<Message>> {
         let message = |message: Dynamic| {
             let kind = message.type_name();
             match message.try_cast::<ScriptMessage>() {
                 Some(ScriptMessage { role, parts, train }) => {
                     Ok(Message { role, parts: parts.into_iter().map(String::from).collect(), train })
                 }
-                None => Err(wrong(&format!("an array with a value of type {kind}"))),
+                None => Err(self.no_messages(&format!("an array with a value of type {kind}"))),
             }
         };
-        Ok(Outcome::Keep(messages.into_iter().map(message).collect::<Result<_>>()?))
+        messages.into_iter().map(message).collect()
     }
 }
 

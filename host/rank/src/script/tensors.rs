@@ -98,6 +98,21 @@ impl HostState {
             .hint("call `step.backward` for each batch, which frees what led to its sum; `limits.tensors_mb` raises the limit"))
     }
 
+    /// An operation of torch's. Where it refuses, tch's wrapper of a number panics, and what it says is torch's reason too.
+    fn attempt(
+        &self,
+        name: &str,
+        tensors: &[&Tensor],
+        work: impl FnOnce() -> Result<Tensor, TchError>,
+    ) -> HostResult<Tensor> {
+        let work = || if self.grad { work() } else { tch::no_grad(work) };
+        let outcome = panics::caught(work).unwrap_or_else(|panic| {
+            let reason = panic.split_once("Torch(\"").map_or(panic.as_str(), |(_, reason)| reason);
+            Err(TchError::Torch(reason.split("\\n").next().unwrap_or(reason).to_owned()))
+        });
+        outcome.map_err(|error| torch_error(name, tensors, error))
+    }
+
     /// A tensor of no other, on the model's device.
     fn create(
         &mut self,
@@ -111,7 +126,7 @@ impl HostState {
             return Err(HostError::guest(types::Code::Invalid, format!("`{name}` came before there is a model"))
                 .hint("a loss makes its tensors in `compute`; they die with the call"));
         };
-        let made = attempt(name, &[], || make(device))?;
+        let made = self.attempt(name, &[], || make(device))?;
         self.clock.leave_host(entered);
         self.keep(made)
     }
@@ -124,7 +139,7 @@ impl HostState {
     ) -> HostResult<Resource<TensorSlot>> {
         let entered = Instant::now();
         let x = self.tensor(&x)?;
-        let result = attempt(name, &[x], || op(x))?;
+        let result = self.attempt(name, &[x], || op(x))?;
         self.clock.leave_host(entered);
         self.keep(result)
     }
@@ -154,7 +169,7 @@ impl HostState {
         let shape = shape(name, &x.size(), &y.size())?;
         check_elements(name, &shape)?;
         self.check_room(&shape, x.kind().elt_size_in_bytes().max(y.kind().elt_size_in_bytes()))?;
-        let result = attempt(name, &[x, y], || op(x, y))?;
+        let result = self.attempt(name, &[x, y], || op(x, y))?;
         self.clock.leave_host(entered);
         self.keep(result)
     }
@@ -354,6 +369,31 @@ impl tensors::HostTensor for HostState {
         self.binary("cat", x, y, shape, |x, y| Tensor::f_cat(&[x, y], dim))
     }
 
+    fn segment_sum(
+        &mut self,
+        x: Resource<TensorSlot>,
+        segments: Resource<TensorSlot>,
+        count: i64,
+    ) -> HostResult<Resource<TensorSlot>> {
+        let (tensor, index) = (self.tensor(&x)?, self.tensor(&segments)?);
+        let (shape, of) = (tensor.size(), index.size());
+        if shape.is_empty() || of.len() != 1 || of[0] != shape[0] {
+            let message = format!("`segment_sum`: segments of shape {of:?} for a tensor of shape {shape:?}");
+            return Err(HostError::guest(types::Code::Shape, message).hint("one segment for each slice of dimension 0"));
+        }
+        check_index("segment_sum", index, count)?;
+        let mut sums = shape;
+        sums[0] = count;
+        check_sizes("segment_sum", &sums)?;
+        self.binary(
+            "segment_sum",
+            x,
+            segments,
+            |_, _, _| Ok(sums.clone()),
+            |x, index| Tensor::f_zeros(&sums, (x.kind(), x.device()))?.f_index_add(0, index, x),
+        )
+    }
+
     fn transpose(&mut self, x: Resource<TensorSlot>, first: i64, second: i64) -> HostResult<Resource<TensorSlot>> {
         let shape = self.tensor(&x)?.size();
         check_dim("transpose", first, &shape)?;
@@ -406,7 +446,7 @@ impl tensors::HostTensor for HostState {
         check_mask("choose", mask)?;
         let shape = broadcast("choose", &yes.size(), &no.size())?;
         check_elements("choose", &broadcast("choose", &mask.size(), &shape)?)?;
-        let result = attempt("choose", &[mask, yes, no], || yes.f_where_self(mask, no))?;
+        let result = self.attempt("choose", &[mask, yes, no], || yes.f_where_self(mask, no))?;
         self.clock.leave_host(entered);
         self.keep(result)
     }
@@ -443,7 +483,7 @@ impl tensors::HostTensor for HostState {
         self.binary("matmul", x, y, matmul_shape, |x, y| x.f_matmul(y))
     }
 
-    fn item(&mut self, x: Resource<TensorSlot>) -> HostResult<f64> {
+    fn item(&mut self, x: Resource<TensorSlot>, over: tensors::Over) -> HostResult<f64> {
         let entered = Instant::now();
         let x = self.tensor(&x)?;
         if x.numel() != 1 {
@@ -452,10 +492,10 @@ impl tensors::HostTensor for HostState {
         }
         let value = x.f_double_value(&vec![0; x.dim()]).map_err(|error| torch_error("item", &[x], error))?;
         self.clock.leave_host(entered);
-        Ok(value)
+        Ok(self.over_ranks(vec![value], over)?[0])
     }
 
-    fn numbers(&mut self, x: Resource<TensorSlot>) -> HostResult<Vec<f64>> {
+    fn numbers(&mut self, x: Resource<TensorSlot>, over: tensors::Over) -> HostResult<Vec<f64>> {
         let entered = Instant::now();
         let x = self.tensor(&x)?;
         if x.numel() > MAX_NUMBERS {
@@ -467,7 +507,7 @@ impl tensors::HostTensor for HostState {
         let numbers = flat.and_then(Vec::<f64>::try_from);
         let numbers = numbers.map_err(|error| torch_error("numbers", &[x], error))?;
         self.clock.leave_host(entered);
-        Ok(numbers)
+        self.over_ranks(numbers, over)
     }
 
     fn drop(&mut self, x: Resource<TensorSlot>) -> wasmtime::Result<()> {
@@ -477,6 +517,10 @@ impl tensors::HostTensor for HostState {
 }
 
 impl tensors::Host for HostState {
+    fn set_grad_enabled(&mut self, enabled: bool) -> wasmtime::Result<bool> {
+        Ok(std::mem::replace(&mut self.grad, enabled))
+    }
+
     fn full(&mut self, shape: Vec<i64>, value: f64) -> HostResult<Resource<TensorSlot>> {
         check_rank("full", shape.len())?;
         check_sizes("full", &shape)?;
@@ -565,15 +609,6 @@ fn as_is(
     } else {
         of_floats(x, value)
     }
-}
-
-/// An operation of torch's. Where it refuses, tch's wrapper of a number panics, and what it says is torch's reason too.
-fn attempt(name: &str, tensors: &[&Tensor], work: impl FnOnce() -> Result<Tensor, TchError>) -> HostResult<Tensor> {
-    let outcome = panics::caught(work).unwrap_or_else(|panic| {
-        let reason = panic.split_once("Torch(\"").map_or(panic.as_str(), |(_, reason)| reason);
-        Err(TchError::Torch(reason.split("\\n").next().unwrap_or(reason).to_owned()))
-    });
-    outcome.map_err(|error| torch_error(name, tensors, error))
 }
 
 /// The shape two shapes broadcast to.

@@ -7,6 +7,17 @@ use tch::{Device, Tensor};
 use crate::adapter::lora::splitmix;
 use crate::model::{Forward, Llama};
 
+/// Whose numbers are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// The model that is trained.
+    Trained,
+    /// What it was before, or the model that stands for that.
+    Reference,
+    /// The model to learn from.
+    Teacher,
+}
+
 /// Documents laid end to end, as the model takes them. `T` tokens, `L` label positions.
 pub struct DeviceBatch {
     tokens: Tensor,    // [T]
@@ -14,9 +25,10 @@ pub struct DeviceBatch {
     cu_seqlens: Vec<i64>,
     label_positions: Tensor, // [L], into T
     pub labels: Tensor,      // [L]
+    documents: Vec<i64>,     // [L]
     pub num_labels: i64,
     pub num_tokens: i64,
-    /// Its samples, by their number in the data set.
+    /// The sample of each document, by their number in the data set.
     pub samples: Vec<u32>,
     dropout_keys: Option<Tensor>, // [T]
 }
@@ -37,6 +49,7 @@ impl DeviceBatch {
             cu_seqlens: batch.cu_seqlens.clone(),
             label_positions: on_device(&batch.label_positions),
             labels: on_device(&batch.labels),
+            documents: batch.label_documents(),
             num_labels: batch.labels.len() as i64,
             num_tokens: batch.num_real_tokens as i64,
             samples: batch.sample_ids.clone(),
@@ -44,24 +57,45 @@ impl DeviceBatch {
         }
     }
 
-    fn forward(&self, model: &Llama) -> Forward<'_> {
+    /// Which of the batch's documents each label is of, `[L]`.
+    pub fn segments(&self) -> Tensor {
+        Tensor::from_slice(&self.documents).to_device(self.labels.device())
+    }
+
+    /// With dropout for a model in training, and with its adapters; as it is in the checkpoint otherwise.
+    fn forward(&self, model: &Llama, which: Which) -> Forward<'_> {
         let mut forward = model.forward(&self.positions, &self.cu_seqlens);
-        forward.dropout_keys = self.dropout_keys.as_ref().map(Tensor::shallow_clone);
+        forward.adapters = which == Which::Trained;
+        forward.dropout_keys = self.dropout_keys.as_ref().filter(|_| forward.adapters).map(Tensor::shallow_clone);
         forward
     }
 
+    /// Hidden states at the label positions, `[L, D]`.
+    pub fn hidden(&self, model: &Llama, which: Which) -> Result<Tensor> {
+        model.hidden(&self.tokens, &self.forward(model, which), Some(&self.label_positions), None)
+    }
+
+    /// Scores of the `hidden` states at labels `start..start + length`, f32: `[length, V]`.
+    pub fn logits_of(&self, model: &Llama, which: Which, hidden: &Tensor, start: i64, length: i64) -> Result<Tensor> {
+        let forward = self.forward(model, which).at(&self.label_positions.narrow(0, start, length));
+        model.head.logits(&hidden.narrow(0, start, length), &forward)
+    }
+
     /// Summed cross-entropy over the label positions, at most `chunk_rows` of them at a time.
-    pub fn loss_sum(&self, model: &Llama, chunk_rows: i64) -> Result<Tensor> {
-        let forward = self.forward(model);
-        let hidden = model.hidden(&self.tokens, &forward, Some(&self.label_positions), None)?;
-        model.head.cross_entropy_sum(&hidden, &self.labels, chunk_rows, &forward.at(&self.label_positions))
+    pub fn loss_sum(&self, model: &Llama, which: Which, chunk_rows: i64) -> Result<Tensor> {
+        let forward = self.forward(model, which).at(&self.label_positions);
+        model.head.cross_entropy_sum(&self.hidden(model, which)?, &self.labels, chunk_rows, &forward)
+    }
+
+    /// Log-probability of each label, f32 `[L]`, at most `chunk_rows` of them at a time.
+    pub fn log_probs(&self, model: &Llama, which: Which, chunk_rows: i64) -> Result<Tensor> {
+        let forward = self.forward(model, which).at(&self.label_positions);
+        model.head.log_probs(&self.hidden(model, which)?, &self.labels, chunk_rows, &forward)
     }
 
     /// Scores at the label positions, f32: `[L, V]`.
-    pub fn logits(&self, model: &Llama) -> Result<Tensor> {
-        let forward = self.forward(model);
-        let hidden = model.hidden(&self.tokens, &forward, Some(&self.label_positions), None)?;
-        model.head.logits(&hidden, &forward.at(&self.label_positions))
+    pub fn logits(&self, model: &Llama, which: Which) -> Result<Tensor> {
+        self.logits_of(model, which, &self.hidden(model, which)?, 0, self.num_labels)
     }
 }
 

@@ -3,7 +3,7 @@
 use host::Result;
 use tch::{Kind, Tensor};
 
-use crate::train::batch::DeviceBatch;
+use crate::train::batch::{DeviceBatch, Which};
 use crate::train::run::Run;
 
 impl Run {
@@ -15,7 +15,7 @@ impl Run {
         tch::no_grad(|| -> Result<()> {
             for batch in batches.iter().filter(|batch| !batch.labels.is_empty()) {
                 let batch = DeviceBatch::new(batch, parts.device, None);
-                let (loss, weight) = self.loss_of(&batch)?;
+                let (loss, weight) = self.loss_of(&batch, Which::Trained)?;
                 let _ = sums.get(0).g_add_(&loss.to_kind(Kind::Double).reshape([0i64; 0]));
                 let _ = sums.get(1).g_add_scalar_(weight);
             }

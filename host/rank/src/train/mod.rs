@@ -8,5 +8,6 @@ pub mod open;
 pub mod run;
 pub mod step;
 
+pub use batch::Which;
 pub use open::{Inputs, Opened, Tokens};
-pub use run::{Loss, Run};
+pub use run::{Loss, Over, Run};

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use host::config::plan::{DatasetPlan, SchedulePlan, TrainPlan};
+use host::config::plan::{DatasetPlan, ModelPlan, RowsPlan, SchedulePlan, TrainPlan};
 use host::data::template::Templates;
 use host::data::{self, BatchLayout, Order, Tokenized};
 use host::hf::{ModelConfig, WeightIndex};
@@ -23,7 +23,7 @@ use crate::model::{Llama, Weights};
 use crate::optim::{AdamW, Schedule};
 use crate::torch::TorchContext;
 use crate::train::agree::{self, Facts};
-use crate::train::run::{Loss, Parts, Run, rows_of_epoch};
+use crate::train::run::{Loss, Others, Parts, Run, rows_of_epoch};
 use crate::{device, torch};
 
 /// What the worker's start-up hands to a run besides the plan.
@@ -131,8 +131,7 @@ impl Run {
     /// Opens a run over rows that are tokens already.
     pub fn with_data(mut plan: TrainPlan, inputs: Inputs, tokens: Tokens, device: Device, group: Group) -> Result<Run> {
         let started = Instant::now();
-        let config = serde_yaml::from_str(&plan.resolved_yaml)
-            .map_err(|error| Error::bug("the resolved config cannot be read").cause(error).hint(Error::REPORT))?;
+        let config = plan.config.clone();
         // Without a seed in the config each start draws one, and ranks may be started one by one: rank 0's is taken.
         let seed = group.from_main(&plan.seed.to_le_bytes())?;
         plan.seed = seed.try_into().map(u64::from_le_bytes).map_err(|_| Error::bug("a seed has eight bytes"))?;
@@ -144,6 +143,7 @@ impl Run {
                 .hint("name a LoRA component, such as `lora_smollm2_135m`; full fine-tuning is not built yet"));
         };
         check_fit(&opened.model.config, &tokens)?;
+        let others = open_others(&plan, &opened.model.config, kind, device)?;
         // Padding is never looked at; a padding token that was added past the embedding must not be looked up either.
         let pad = if tokens.pad < opened.model.config.vocab_size { tokens.pad } else { 0 };
         let mut optimizer = AdamW::new(&plan.optimizer, &adapter.flat);
@@ -168,9 +168,12 @@ impl Run {
                 "model: {layers} layers, {all} parameters, {trainable} trainable ({share:.2}%), {dtype} on {device}, loaded in {seconds:.2} s"
             );
             let (elements, samples, epochs) = (data.len(), position.samples_per_step, plan.epochs);
-            let (rows, noun) = match plan.dataset.first().is_some_and(|dataset| dataset.packing.is_some()) {
-                true => (format!("{} rows in {elements} packs", data.num_samples()), "packs"),
-                false => (format!("{elements} rows"), "samples"),
+            let (rows, noun) = match plan.dataset.first() {
+                Some(DatasetPlan { packing: Some(_), .. }) => {
+                    (format!("{} rows in {elements} packs", data.num_samples()), "packs")
+                }
+                Some(DatasetPlan { rows: RowsPlan::Pairs { .. }, .. }) => (format!("{elements} pairs"), "pairs"),
+                _ => (format!("{elements} rows"), "samples"),
             };
             tracing::info!("data: {rows}, {steps_per_epoch} steps an epoch of {samples} {noun}, epochs: {epochs}");
             let steps = epochs * steps_per_epoch;
@@ -216,6 +219,7 @@ impl Run {
             device,
             weights: opened.weights,
             model: opened.model,
+            others,
             adapter,
             optimizer,
             data,
@@ -230,6 +234,28 @@ impl Run {
             stop: inputs.stop,
         })
     }
+}
+
+/// The frozen models beside the one that is trained. They read the same tokens.
+fn open_others(plan: &TrainPlan, trained: &ModelConfig, kind: Kind, device: Device) -> Result<Others> {
+    let open = |frozen: &Option<ModelPlan>, what: &str| {
+        let Some(frozen) = frozen else { return Ok(None) };
+        let model = Opened::open(frozen, plan.seed, kind, kind, device)
+            .map_err(|error| error.cause(format!("it is the model of `{what}`")))?
+            .model;
+        if model.config.vocab_size != trained.vocab_size {
+            let (has, needs) = (model.config.vocab_size, trained.vocab_size);
+            return Err(Error::config(format!(
+                "the model of `{what}` has a vocabulary of {has}, the trained one of {needs}"
+            ))
+            .hint("take two models of one family, which share their tokens"));
+        }
+        Ok(Some(model))
+    };
+    Ok(Others {
+        reference: open(&plan.reference, "ref_checkpointer")?,
+        teacher: open(&plan.teacher, "teacher_checkpointer")?,
+    })
 }
 
 fn identity(plan: &TrainPlan, base: &Weights, adapter: &LoraAdapter, data: &Tokenized) -> Identity {

@@ -1,12 +1,14 @@
 //! One run: what a recipe's calls do. Every rank makes the same calls; what differs is which samples it holds.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use host::config::plan::{ClipPlan, TrainPlan};
+use host::config::registry::keys;
 use host::data::{BatchLayout, MicroBatch, Order, Tokenized};
+use host::error::quoted;
 use host::worker::StopFlag;
 use host::{Error, Result};
 use tch::{Device, Kind, Tensor};
@@ -18,8 +20,8 @@ use crate::metrics::{self, Curve, Progress, Recorder, StepMetrics};
 use crate::model::{Llama, Weights};
 use crate::optim::{AdamW, Schedule};
 use crate::torch::TorchContext;
-use crate::train::batch::{DeviceBatch, DropoutSeed};
-use crate::train::step::{StepState, Sums, Totals};
+use crate::train::batch::{DeviceBatch, DropoutSeed, Which};
+use crate::train::step::{Hidden, Metrics, StepState, Sums, Totals};
 
 /// Everything a run is made of; [`Run::open`] gathers it.
 pub struct Parts {
@@ -30,6 +32,8 @@ pub struct Parts {
     pub device: Device,
     pub weights: Weights,
     pub model: Llama,
+    /// Frozen ones beside it.
+    pub others: Others,
     pub adapter: LoraAdapter,
     pub optimizer: AdamW,
     pub schedule: Schedule,
@@ -47,6 +51,23 @@ pub struct Parts {
     /// In place of cross-entropy.
     pub loss: Option<RefCell<Box<dyn Loss>>>,
     pub stop: StopFlag,
+}
+
+/// Models that are not trained.
+#[derive(Default)]
+pub struct Others {
+    /// In place of the trained one without its adapters.
+    pub reference: Option<Llama>,
+    pub teacher: Option<Llama>,
+}
+
+/// Whose numbers of a recipe's tensors are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    Local,
+    Sum,
+    Mean,
+    Max,
 }
 
 /// A loss of somebody's own.
@@ -75,6 +96,10 @@ pub struct Run {
     /// Row numbers of the current epoch, in the order all ranks share.
     epoch_order: Vec<u32>,
     step: Option<StepState>,
+    /// Names of metrics that a recipe gave, as all ranks know them.
+    metric_names: Vec<String>,
+    /// Keys for the recipe that it asked for.
+    asked: RefCell<BTreeSet<&'static str>>,
     progress: Option<Progress>,
     /// Set, to the steps done, when the ranks agreed to stop before the last one.
     interruption: Rc<Cell<Option<usize>>>,
@@ -83,7 +108,15 @@ pub struct Run {
 impl Run {
     pub(super) fn start(parts: Parts) -> Result<Self> {
         let epoch_order = parts.epoch_order();
-        let mut run = Self { parts, epoch_order, step: None, progress: None, interruption: Rc::default() };
+        let mut run = Self {
+            parts,
+            epoch_order,
+            step: None,
+            metric_names: vec![],
+            asked: RefCell::default(),
+            progress: None,
+            interruption: Rc::default(),
+        };
         if run.parts.position.step == 0 {
             run.validate()?;
         }
@@ -112,7 +145,47 @@ impl Run {
 
     /// A key of the resolved config by dotted path.
     pub fn config(&self, key: &str) -> Option<serde_json::Value> {
+        self.ask(key.split('.').next().unwrap_or(key));
         key.split('.').try_fold(&self.parts.config, |value, name| value.get(name)).cloned()
+    }
+
+    /// Remembers that the recipe wanted a key that is there for it.
+    fn ask(&self, key: &str) {
+        if let Some(key) = keys::FOR_RECIPES.iter().find(|known| **known == key) {
+            self.asked.borrow_mut().insert(key);
+        }
+    }
+
+    /// Whether there is such a model; a recipe that asks means to use it.
+    pub fn has(&self, which: Which) -> bool {
+        match which {
+            Which::Trained => true,
+            Which::Reference => {
+                self.ask("ref_checkpointer");
+                true
+            }
+            Which::Teacher => {
+                self.ask("teacher_model");
+                self.ask("teacher_checkpointer");
+                self.parts.others.teacher.is_some()
+            }
+        }
+    }
+
+    fn model(&self, which: Which) -> &Llama {
+        let Others { reference, teacher } = &self.parts.others;
+        let other = match which {
+            Which::Trained => None,
+            Which::Reference => reference.as_ref(),
+            Which::Teacher => teacher.as_ref(),
+        };
+        other.unwrap_or(&self.parts.model)
+    }
+
+    /// Runs a forward: without gradient where the model is not the trained one.
+    fn forward<T>(&self, which: Which, work: impl FnOnce(&Llama) -> T) -> T {
+        let model = self.model(which);
+        if which == Which::Trained { work(model) } else { tch::no_grad(|| work(model)) }
     }
 
     /// The adapter's numbers, flat.
@@ -142,7 +215,16 @@ impl Run {
         let started = Instant::now();
         let waiting = VecDeque::from(self.microbatches());
         let sums = Sums::zero(self.parts.device);
-        self.step = Some(StepState { waiting, current: None, next_key: 0, sums, losses: vec![], started });
+        self.step = Some(StepState {
+            waiting,
+            current: None,
+            next_key: 0,
+            hidden: vec![],
+            metrics: Metrics::default(),
+            sums,
+            losses: vec![],
+            started,
+        });
         Ok(true)
     }
 
@@ -163,6 +245,7 @@ impl Run {
         let dropout = self.dropout();
         let device = self.parts.device;
         let step = self.step.as_mut().ok_or_else(no_step)?;
+        step.close_batch()?;
         let Some(batch) = step.waiting.pop_front() else {
             step.current = None;
             return Ok(None);
@@ -191,19 +274,47 @@ impl Run {
         Ok(self.batch(key)?.labels.shallow_clone())
     }
 
-    /// The loss of a batch as a sum, and what it is a sum over: cross-entropy over its label tokens, or a guest's.
-    pub fn loss(&self, key: u64) -> Result<(Tensor, f64)> {
-        self.loss_of(self.batch(key)?)
+    /// Which of the batch's samples each label is of, `[L]`.
+    pub fn segments(&self, key: u64) -> Result<Tensor> {
+        Ok(self.batch(key)?.segments())
     }
 
-    pub(super) fn loss_of(&self, batch: &DeviceBatch) -> Result<(Tensor, f64)> {
+    /// Pairs of a chosen and a rejected answer.
+    pub fn num_pairs(&self, key: u64) -> Result<i64> {
+        if !self.parts.data.is_paired() {
+            return Err(Error::config("the recipe trains on preferences, and the data set has none")
+                .hint("take `dataset._component_: preference_dataset`, or another recipe"));
+        }
+        Ok(self.batch(key)?.samples.len() as i64 / 2)
+    }
+
+    /// The loss of a batch as a sum, and what it is a sum over: cross-entropy over its label tokens, or a guest's.
+    pub fn loss(&self, key: u64, which: Which) -> Result<(Tensor, f64)> {
+        if let Some(name) = &self.parts.plan.loss.of_recipe {
+            return Err(Error::config(format!(
+                "the recipe asks for the loss of the config, and `{name}` is none of a model"
+            ))
+            .hint("take a recipe that computes it, such as `lora_dpo_distributed`, or another `loss`"));
+        }
+        if self.parts.data.is_paired() {
+            return Err(Error::config(
+                "the recipe learns every answer, and the data set has pairs of a better and a worse one",
+            )
+            .hint("take a recipe for preferences, such as `lora_dpo_distributed`, or another data set"));
+        }
+        self.loss_of(self.batch(key)?, which)
+    }
+
+    pub(super) fn loss_of(&self, batch: &DeviceBatch, which: Which) -> Result<(Tensor, f64)> {
         match &self.parts.loss {
             Some(loss) if batch.num_labels > 0 => {
-                let made = loss.borrow_mut().compute(&batch.logits(&self.parts.model)?, &batch.labels);
+                let logits = self.forward(which, |model| batch.logits(model, which))?;
+                let made = loss.borrow_mut().compute(&logits, &batch.labels);
                 made.map_err(|error| error.cause(format!("it was at step {}", self.parts.position.step + 1)))
             }
             _ => {
-                let sum = batch.loss_sum(&self.parts.model, self.chunk_rows(batch.num_labels))?;
+                let rows = self.chunk_rows(batch.num_labels);
+                let sum = self.forward(which, |model| batch.loss_sum(model, which, rows))?;
                 Ok((sum, batch.num_labels as f64))
             }
         }
@@ -217,8 +328,66 @@ impl Run {
     }
 
     /// Scores of a batch at its label positions, f32 `[L, V]`.
-    pub fn logits(&self, key: u64) -> Result<Tensor> {
-        self.batch(key)?.logits(&self.parts.model)
+    pub fn logits(&self, key: u64, which: Which) -> Result<Tensor> {
+        let batch = self.batch(key)?;
+        self.forward(which, |model| batch.logits(model, which))
+    }
+
+    /// Scores at some of the label positions, f32 `[length, V]`. What they are computed from stays until the batch is done, and
+    /// then takes their gradients back through the model.
+    pub fn logits_part(&mut self, key: u64, which: Which, start: i64, length: i64) -> Result<Tensor> {
+        let batch = self.batch(key)?;
+        let kept = self.step.as_ref().and_then(|step| step.hidden.iter().find(|hidden| hidden.which == which));
+        let new = match kept {
+            Some(_) => None,
+            None => Some(Hidden::new(which, self.forward(which, |model| batch.hidden(model, which))?)),
+        };
+        let step = self.step.as_mut().ok_or_else(no_step)?;
+        step.hidden.extend(new);
+        let batch = self.batch(key)?;
+        let kept = self.step.as_ref().and_then(|step| step.hidden.iter().find(|hidden| hidden.which == which));
+        let leaf = &kept.ok_or_else(no_step)?.leaf;
+        self.forward(which, |model| batch.logits_of(model, which, leaf, start, length))
+    }
+
+    /// Log-probability of each label, f32 `[L]`.
+    pub fn log_probs(&self, key: u64, which: Which) -> Result<Tensor> {
+        let batch = self.batch(key)?;
+        let rows = self.chunk_rows(batch.num_labels);
+        self.forward(which, |model| batch.log_probs(model, which, rows))
+    }
+
+    /// Adds to a metric of the step.
+    pub fn record_metric(&mut self, name: &str, sum: &Tensor, weight: f64) -> Result<()> {
+        self.step.as_mut().ok_or_else(no_step)?.metrics.add(name, sum, weight);
+        Ok(())
+    }
+
+    /// `values` over all ranks, each of which has to ask.
+    pub fn over_ranks(&self, values: &[f64], over: Over) -> Result<Vec<f64>> {
+        let group = &self.parts.group;
+        // Gathered, so that every rank adds in the same order.
+        let mine = values.iter().map(|value| format!("{value:e}")).collect::<Vec<_>>().join(" ");
+        let all = group.texts(&mine)?;
+        let mut ranks = vec![];
+        for text in &all {
+            let values: Vec<f64> = text.split(' ').filter_map(|value| value.parse().ok()).collect();
+            ranks.push(values);
+        }
+        if ranks.iter().any(|rank| rank.len() != values.len()) {
+            let lengths = ranks.iter().map(|rank| rank.len().to_string()).collect::<Vec<_>>().join(", ");
+            return Err(Error::run(format!("numbers are read over all ranks, which have {lengths} of them"))
+                .hint("read a tensor of the same shape on every rank"));
+        }
+        let of = |index: usize| ranks.iter().map(move |rank| rank[index]);
+        Ok((0..values.len())
+            .map(|index| match over {
+                Over::Local => values[index],
+                Over::Sum => of(index).sum(),
+                Over::Mean => of(index).sum::<f64>() / ranks.len() as f64,
+                Over::Max => of(index).fold(f64::NEG_INFINITY, f64::max),
+            })
+            .collect())
     }
 
     /// Adds the gradient of `sum` to the step and `weight` to its divisor.
@@ -236,7 +405,9 @@ impl Run {
 
     /// Ends the step: reduce, scale, clip, update, schedule; then metrics, validation, checkpoint as the plan says.
     pub fn finish_step(&mut self) -> Result<()> {
-        let step = self.step.take().ok_or_else(no_step)?;
+        let mut step = self.step.take().ok_or_else(no_step)?;
+        step.close_batch()?;
+        self.check_asked()?;
         if !step.waiting.is_empty() {
             return Err(Error::run(format!(
                 "the step was finished with {} of its batches not taken",
@@ -244,7 +415,8 @@ impl Run {
             ))
             .hint("take every batch: `for batch in step.batches()`"));
         }
-        let totals = self.reduce(&step.sums)?;
+        let new_metrics = step.metrics.new_names(&self.metric_names).len() as f64;
+        let totals = self.reduce(&step.sums, new_metrics)?;
         let loss = totals.mean_loss();
         if !loss.is_finite() {
             let is_number = |(_, sum): &&(Vec<u32>, Tensor)| {
@@ -263,17 +435,38 @@ impl Run {
         let parts = &mut self.parts;
         parts.position.step += 1;
         parts.position.step_in_epoch += 1;
-        self.report(&totals, grad_norm, step.started.elapsed())?;
+        let own = step.metrics.reduce(
+            &mut self.metric_names,
+            totals.new_metrics > 0.0,
+            &self.parts.group,
+            self.parts.device,
+        )?;
+        self.report(&totals, grad_norm, step.started.elapsed(), own)?;
         self.after_step(totals.stops > 0.0)
     }
 
+    /// Whether the recipe asked for every key that is there for recipes alone.
+    fn check_asked(&self) -> Result<()> {
+        let plan = &self.parts.plan;
+        let asked = self.asked.borrow();
+        let unasked: Vec<&String> = plan.for_recipe.iter().filter(|key| !asked.contains(key.as_str())).collect();
+        if unasked.is_empty() {
+            return Ok(());
+        }
+        let what = format!("the recipe `{}` never asked for {}", plan.recipe.path.display(), quoted(unasked));
+        Err(Error::config(what)
+            .at_file(&plan.config_path)
+            .hint("that belongs to another method: leave it out, or run its recipe"))
+    }
+
     /// One all-reduce per step: gradients and sums in one flat buffer.
-    fn reduce(&mut self, sums: &Sums) -> Result<Totals> {
-        const SCALARS: i64 = 7;
+    fn reduce(&mut self, sums: &Sums, new_metrics: f64) -> Result<Totals> {
+        const SCALARS: i64 = 8;
         let parts = &mut self.parts;
         let stop = f64::from(u8::from(parts.stop.is_set()));
         let scalars =
-            [sums.weight, sums.tokens, sums.padded_tokens, sums.labels, metrics::peak_rss_mb(), stop].map(|x| x as f32);
+            [sums.weight, sums.tokens, sums.padded_tokens, sums.labels, metrics::peak_rss_mb(), stop, new_metrics]
+                .map(|x| x as f32);
         let tail = Tensor::cat(
             &[
                 sums.loss.to_kind(Kind::Float).view([1]).to_device(parts.device),
@@ -287,12 +480,12 @@ impl Run {
         let numbers: Vec<f64> =
             Vec::try_from(flat.narrow(0, size, SCALARS).to_kind(Kind::Double).to_device(Device::Cpu))
                 .torch("read the step's sums")?;
-        let [loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops] = numbers[..] else {
+        let [loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops, new_metrics] = numbers[..] else {
             return Err(Error::bug("the reduced sums have another length"));
         };
         let divisor = if weight > 0.0 { weight } else { 1.0 };
         parts.adapter.grad.copy_(&(flat.narrow(0, 0, size) / divisor));
-        Ok(Totals { loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops })
+        Ok(Totals { loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops, new_metrics })
     }
 
     /// Clips and applies the gradients; returns their norm before clipping.
@@ -315,7 +508,7 @@ impl Run {
         Ok(norm)
     }
 
-    fn report(&mut self, totals: &Totals, grad_norm: f64, took: Duration) -> Result<()> {
+    fn report(&mut self, totals: &Totals, grad_norm: f64, took: Duration, own: Vec<(String, f64)>) -> Result<()> {
         let parts = &mut self.parts;
         let step = parts.position.step;
         let loss = totals.mean_loss();
@@ -332,6 +525,9 @@ impl Run {
         metrics.push("loss", loss);
         // The rate of the step to come, as torchtune logs it.
         metrics.push("lr", parts.schedule.at(step));
+        for (name, mean) in own {
+            metrics.push(&name, mean);
+        }
         metrics.push("tokens_per_second_per_gpu", totals.labels / seconds / parts.group.world_size as f64);
         metrics.push("tokens_per_second", totals.tokens / seconds);
         metrics.push("grad_norm", grad_norm);

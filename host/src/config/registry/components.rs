@@ -189,6 +189,18 @@ const SLIMORCA: &[Key] = &[
     optional("column_map", Type::Any, "`{conversations: COLUMN}`."),
 ];
 
+const PAIR_TEMPLATE: Key = optional(
+    "template",
+    Type::Any,
+    "A template that makes pairs; it reads `chosen` and `rejected`, and `prompt` where `column_map` names one.",
+);
+const PREFERENCE: &[Key] =
+    &[required("source", Type::Text, SOURCE), TRAIN_ON_INPUT, PAIR_TEMPLATE, NEW_SYSTEM_PROMPT, OLD_LENGTH];
+const HH_RLHF: &[Key] =
+    &[source("RLHFlow/HH-RLHF-Helpful-standard"), TRAIN_ON_INPUT, PAIR_TEMPLATE, NEW_SYSTEM_PROMPT, OLD_LENGTH];
+const STACK_EXCHANGE: &[Key] =
+    &[source("lvwerra/stack-exchange-paired"), TRAIN_ON_INPUT, PAIR_TEMPLATE, NEW_SYSTEM_PROMPT, OLD_LENGTH];
+
 /// Of data sets whose rows are columns.
 const COLUMNS: &[Key] = &[optional("column_map", Type::Any, "Names the template knows to the columns of the data.")];
 
@@ -284,6 +296,22 @@ const PLAIN_LOSS: &[Key] = &[
     key("label_smoothing", FRACTION, "0.0", "Share of probability spread over the vocabulary.").fixed(NOT_YET),
     refused("weight", NOT_YET),
 ];
+
+const DPO_LOSS: &[Key] = &[
+    key("beta", NOT_NEGATIVE, "0.1", "How strongly the policy is held to the reference.").of_recipe(),
+    key("label_smoothing", Type::Number { min: 0.0, max: 0.5 }, "0.0", "Share of labels taken to be wrong.")
+        .of_recipe(),
+    key("loss_type", Type::OneOf(&["sigmoid", "hinge", "ipo", "kto_pair"]), "sigmoid", "v0.2.1: which loss.")
+        .of_recipe(),
+];
+
+const KL_LOSS: &[Key] = &[
+    key("num_output_chunks", POSITIVE, "8", "Pieces in which label positions are projected to the vocabulary.")
+        .of_recipe(),
+    key("ignore_index", Type::Any, "-100", "The label without loss.").fixed("labels without loss are -100"),
+];
+const SYMMETRIC_KL_LOSS: &[Key] =
+    &[key("sym_kd_ratio", FRACTION, "0.5", "The share of the forward direction.").of_recipe()];
 
 const DISK: &[Key] = &[
     optional("log_dir", Type::Text, "The folder of the log; `${output_dir}/logs` by default."),
@@ -520,19 +548,27 @@ const OTHERS: &[Component] = &[
         &[CNN_DAILYMAIL, ROWS],
         "`text_completion_dataset` over news.",
     ),
-    not_yet(
-        Role::Dataset,
+    dataset(
         "preference_dataset",
+        &["torchtune.datasets.preference_dataset"],
+        &[PREFERENCE, COLUMNS, SUBSET, ROWS],
+        "Pairs of a better and a worse answer: two conversations in OpenAI's form.",
+    ),
+    dataset(
+        "hh_rlhf_helpful_dataset",
+        &["torchtune.datasets.hh_rlhf_helpful_dataset"],
+        &[HH_RLHF, COLUMNS, SUBSET, ROWS],
+        "`preference_dataset` over HH-RLHF's helpful half.",
+    ),
+    dataset(
+        "stack_exchange_paired_dataset",
         &[
-            "torchtune.datasets.preference_dataset",
-            "hh_rlhf_helpful_dataset",
-            "torchtune.datasets.hh_rlhf_helpful_dataset",
-            "stack_exchange_paired_dataset",
             "torchtune.datasets.stack_exchange_paired_dataset",
             "stack_exchanged_paired_dataset",
             "torchtune.datasets.stack_exchanged_paired_dataset",
         ],
-        "pairs are for preference training, which is not built yet",
+        &[STACK_EXCHANGE, COLUMNS, SUBSET, ROWS],
+        "A question with a better and a worse answer, each a text.",
     ),
     not_yet(
         Role::Dataset,
@@ -609,6 +645,61 @@ const OTHERS: &[Component] = &[
         keys: &[PLAIN_LOSS],
         refused: None,
         doc: "Cross-entropy at label positions.",
+    },
+    Component {
+        role: Role::Loss,
+        name: "DPOLoss",
+        aliases: &[
+            "torchtune.rlhf.loss.DPOLoss",
+            "torchtune.modules.loss.DPOLoss",
+            "torchtune.modules.rlhf.loss.DPOLoss",
+        ],
+        keys: &[DPO_LOSS],
+        refused: None,
+        doc: "How much more the better answer is preferred than by the reference; for recipes of preferences.",
+    },
+    not_yet(
+        Role::Loss,
+        "RSOLoss",
+        &["torchtune.rlhf.loss.RSOLoss", "torchtune.modules.rlhf.loss.RSOLoss"],
+        "`DPOLoss` with `loss_type: hinge` is it, `beta` its `gamma`",
+    ),
+    // Distillation losses.
+    Component {
+        role: Role::DistillationLoss,
+        name: "ForwardKLLoss",
+        aliases: &[
+            "torchtune.modules.loss.ForwardKLLoss",
+            "ForwardKLWithChunkedOutputLoss",
+            "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss",
+        ],
+        keys: &[KL_LOSS],
+        refused: None,
+        doc: "The student's cross-entropy under the teacher's probabilities.",
+    },
+    Component {
+        role: Role::DistillationLoss,
+        name: "ReverseKLLoss",
+        aliases: &[
+            "torchtune.modules.loss.ReverseKLLoss",
+            "ReverseKLWithChunkedOutputLoss",
+            "torchtune.modules.loss.ReverseKLWithChunkedOutputLoss",
+        ],
+        keys: &[KL_LOSS],
+        refused: None,
+        doc: "The divergence of the student from the teacher.",
+    },
+    Component {
+        role: Role::DistillationLoss,
+        name: "SymmetricKLLoss",
+        aliases: &[
+            "torchtune.modules.loss.SymmetricKLLoss",
+            "SymmetricKLWithChunkedOutputLoss",
+            "torchtune.modules.loss.SymmetricKLWithChunkedOutputLoss",
+        ],
+        keys: &[KL_LOSS, SYMMETRIC_KL_LOSS],
+        refused: None,
+        doc: "Some of the forward and some of the reverse one.",
     },
     // Loggers.
     Component {

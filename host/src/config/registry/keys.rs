@@ -6,6 +6,7 @@ use super::{Class, Key, Role, Type, key, optional, refused, required};
 pub const LARGEST: u64 = i32::MAX as u64;
 pub(super) const POSITIVE: Type = Type::Count { min: 1, max: LARGEST };
 const SEED: Type = Type::Count { min: 0, max: u32::MAX as u64 };
+const FRACTION: Type = Type::Number { min: 0.0, max: 1.0 };
 const ANY_NUMBER: Type = Type::Number { min: f64::NEG_INFINITY, max: f64::INFINITY };
 
 const REPLICATED: &str = "the base model is replicated and only adapters are reduced, so there is nothing to shard";
@@ -43,6 +44,10 @@ const LOG_LEVELS: &[&str] =
 
 const COMPILE_PARTS: &str = "nothing is compiled at run time: the first step is as fast as the last";
 
+/// Keys and sections that only a recipe makes use of, `loss` where it names one that a recipe computes.
+pub const FOR_RECIPES: &[&str] =
+    &["loss", "ref_checkpointer", "teacher_model", "teacher_checkpointer", "kd_loss", "kd_ratio"];
+
 pub const TRAIN: &[Key] = &[
     required("output_dir", Type::Text, OUTPUT_DIR),
     required("tokenizer", Type::Component(Role::Tokenizer), "How text becomes tokens."),
@@ -68,6 +73,11 @@ pub const TRAIN: &[Key] = &[
         Type::Component(Role::Loss),
         "What is made small; also the path of a loss guest, whose settings the other keys are.",
     ),
+    optional("ref_checkpointer", Type::Component(Role::Checkpointer), "A frozen model to compare with.").of_recipe(),
+    optional("teacher_model", Type::Component(Role::Model), "What to learn from.").of_recipe(),
+    optional("teacher_checkpointer", Type::Component(Role::Checkpointer), "Where its weights are.").of_recipe(),
+    optional("kd_loss", Type::Component(Role::DistillationLoss), "How far a student is from its teacher.").of_recipe(),
+    key("kd_ratio", FRACTION, "0.5", "The share of `kd_loss`; `loss` has the rest.").of_recipe(),
     optional("clip_grad_norm", Type::Any, "Largest gradient norm; `inf` logs it and clips nothing."),
     DEVICE,
     DTYPE,

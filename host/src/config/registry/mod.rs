@@ -25,6 +25,7 @@ pub enum Role {
     Optimizer,
     LrScheduler,
     Loss,
+    DistillationLoss,
     MetricLogger,
     Profiler,
     Quantizer,
@@ -41,6 +42,7 @@ impl Role {
             Role::Optimizer => "optimizer",
             Role::LrScheduler => "schedule",
             Role::Loss => "loss",
+            Role::DistillationLoss => "distillation loss",
             Role::MetricLogger => "metric logger",
             Role::Profiler => "profiler",
             Role::Quantizer => "quantizer",
@@ -104,6 +106,8 @@ impl Type {
 #[derive(Clone, Copy, Debug)]
 pub enum Class {
     Honoured,
+    /// Honoured by the recipes that ask for it; with another one it is an error.
+    OfRecipe,
     /// Any value of the type is fine, for this reason; other than the default it earns a notice.
     Satisfied(&'static str),
     /// As satisfied, with nothing worth saying.
@@ -133,6 +137,10 @@ impl Key {
 
     const fn class(self, class: Class) -> Self {
         Self { class, ..self }
+    }
+
+    const fn of_recipe(self) -> Self {
+        self.class(Class::OfRecipe)
     }
 
     const fn satisfied(self, why: &'static str) -> Self {
@@ -288,6 +296,31 @@ pub const RECIPES: &[Recipe] = &[
             "smollm2/135M_lora_summarize",
         ],
         doc: "fine-tunes adapters (LoRA), on one device or many",
+    },
+    Recipe {
+        name: "lora_dpo_distributed",
+        aliases: &["lora_dpo_single_device"],
+        is_guest: true,
+        configs: &[
+            "llama2/7B_lora_dpo",
+            "llama2/7B_lora_dpo_single_device",
+            "llama3_1/8B_lora_dpo",
+            "llama3_1/8B_lora_dpo_single_device",
+        ],
+        doc: "makes better answers likelier than worse ones (DPO), by adapters",
+    },
+    Recipe {
+        name: "knowledge_distillation_distributed",
+        aliases: &["knowledge_distillation_single_device"],
+        is_guest: true,
+        configs: &[
+            "llama3_2/8B_to_1B_KD_lora_distributed",
+            "llama3_2/8B_to_1B_KD_lora_single_device",
+            "qwen2/1.5_to_0.5B_KD_lora_distributed",
+            "qwen2/1.5_to_0.5B_KD_lora_single_device",
+            "qwen3/14B_to_8B_KD_lora_single_device",
+        ],
+        doc: "teaches a model what a larger one says, by adapters",
     },
     Recipe {
         name: "generate",

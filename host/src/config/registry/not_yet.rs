@@ -14,8 +14,6 @@ const fn not_yet_of(recipe: &'static str, configs: &'static [&'static str], road
 }
 
 const FULL: &str = "methods: full fine-tuning";
-const DPO: &str = "methods: preference training";
-const DISTILLATION: &str = "methods: distillation";
 const QLORA: &str = "breadth: a 4-bit base (QLoRA)";
 const QAT: &str = "breadth: quantisation-aware training";
 const GEMMA: &str = "breadth: the Gemma family";
@@ -83,14 +81,10 @@ pub const NOT_YET: &[NotYet] = &[
     not_yet_of("lora_finetune_distributed", &["phi3/mini_lora"], PHI),
     not_yet_of("lora_finetune_distributed", &["llama3_1/405B_qlora"], QLORA),
     not_yet_of("lora_finetune_fsdp2", &["llama2/7B_qlora", "llama2/70B_qlora"], QLORA),
-    not_yet_of("lora_dpo_single_device", &["llama2/7B_lora_dpo_single_device"], DPO),
-    not_yet_of("lora_dpo_distributed", &["llama2/7B_lora_dpo"], DPO),
-    not_yet_of("full_dpo_distributed", &["llama3_1/8B_full_dpo"], DPO),
+    not_yet_of("full_dpo_distributed", &["llama3_1/8B_full_dpo"], FULL),
     not_yet_of("ppo_full_finetune_single_device", &["mistral/7B_full_ppo_low_memory"], REWARDS),
     not_yet_of("dev/grpo_full_finetune_distributed", &["dev/3B_full_grpo"], REWARDS),
     not_yet_of("dev/async_grpo_full_finetune_distributed", &["dev/qwen3B_async_grpo"], REWARDS),
-    not_yet_of("knowledge_distillation_single_device", &["qwen2/1.5_to_0.5B_KD_lora_single_device"], DISTILLATION),
-    not_yet_of("knowledge_distillation_distributed", &["qwen2/1.5_to_0.5B_KD_lora_distributed"], DISTILLATION),
     not_yet_of("qat_single_device", &["qwen2_5/1.5B_qat_single_device"], QAT),
     not_yet_of("qat_distributed", &["llama2/7B_qat_full", "llama3/8B_qat_full"], QAT),
     not_yet_of("qat_lora_finetune_distributed", &["llama3/8B_qat_lora"], QAT),
@@ -106,10 +100,8 @@ pub const NOT_YET: &[NotYet] = &[
 const LATER: &[(&str, &str)] = &[
     ("vision", MULTIMODAL),
     ("llama4/", MULTIMODAL),
-    ("dpo", DPO),
     ("ppo", REWARDS),
     ("grpo", REWARDS),
-    ("KD_", DISTILLATION),
     ("qat", QAT),
     ("evaluation", EVALUATION),
     ("generation", SHARDED),

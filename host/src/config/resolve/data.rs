@@ -64,15 +64,33 @@ fn old_template(section: &Section<'_>) -> Option<&'static str> {
     let template = match section.component_name() {
         "samsum_dataset" => "SummarizeTemplate",
         "grammar_dataset" => "GrammarErrorCorrectionTemplate",
+        // As v0.2.1 spells it.
+        _ if named(section).ends_with("stack_exchanged_paired_dataset") => "QuestionAnswerTemplate",
         _ => return None,
     };
     let tokenizer = section.reader.config.root.at("tokenizer.prompt_template");
     tokenizer.is_none_or(Node::is_null).then_some(template)
 }
 
+/// The component as the config writes it.
+fn named<'a>(section: &Section<'a>) -> &'a str {
+    let entry = section.reader.config.root.at(&section.path("_component_"));
+    entry.and_then(Node::as_str).unwrap_or_default()
+}
+
+/// Whether its rows are a better and a worse answer.
+fn is_paired(section: &Section<'_>) -> bool {
+    section.component_name().ends_with("_paired_dataset")
+        || ["preference_dataset", "hh_rlhf_helpful_dataset"].contains(&section.component_name())
+}
+
 fn packing(section: &Section<'_>, max_seq_len: Option<usize>) -> Found<Option<PackingPlan>> {
     if !section.get::<bool>("packed")? {
         return Ok(None);
+    }
+    if is_paired(section) {
+        let what = format!("`{}` is `True`, and pairs stay together: they are not packed", section.path("packed"));
+        return Err(section.fail("packed", what, "leave it out"));
     }
     let Some(max_seq_len) = max_seq_len else {
         let message = format!("`{}` needs `tokenizer.max_seq_len`: packs are of that length", section.path("packed"));
@@ -105,6 +123,13 @@ fn source(section: &Section<'_>, around: &Surroundings<'_>) -> Found<Source> {
             "wikitext_dataset" => Some(section.get("subset")?),
             "cnn_dailymail_articles_dataset" => Some("3.0.0".to_owned()),
             _ => name,
+        };
+        // The part of it that has pairs.
+        let data_files = match section.component_name() {
+            "stack_exchange_paired_dataset" if data_files.is_empty() && !section.is_given("source") => {
+                vec![DataFile { split: "train".to_owned(), path: "data/rl/*".into() }]
+            }
+            _ => data_files,
         };
         // The format is the files'; until they are known, any.
         let hub = HubDataPlan { repo: source, name, revision, data_files, pinned: None };
@@ -317,6 +342,8 @@ fn rows(section: &Section<'_>, around: &Surroundings<'_>) -> Found<RowsPlan> {
             let column = column_map(section, &[Expected::needed("conversations")], &[])?.remove(0).column;
             Ok(RowsPlan::Chat { column, style: ChatStyle::ShareGpt, template: chat_format(section, around)? })
         }
+        "preference_dataset" | "hh_rlhf_helpful_dataset" => pairs(section, ["chosen", "rejected"], around),
+        "stack_exchange_paired_dataset" => pairs(section, ["response_j", "response_k"], around),
         "alpaca_dataset" | "alpaca_cleaned_dataset" => {
             let guest = parts::guest_ref(section, "_component_", "alpaca", around)?;
             let columns = alpaca_columns(section)?;
@@ -357,6 +384,28 @@ fn instruct(
         Expected { default: output, ..Expected::needed("output") },
     ];
     Ok(RowsPlan::Columns { columns: column_map(section, &expected, aliases)?, template })
+}
+
+/// Two answers; after a prompt they are texts, else each is a conversation.
+fn pairs(section: &Section<'_>, [chosen, rejected]: [&'static str; 2], around: &Surroundings<'_>) -> Found<RowsPlan> {
+    let answers = [
+        Expected { default: chosen, ..Expected::needed("chosen") },
+        Expected { default: rejected, ..Expected::needed("rejected") },
+    ];
+    let map = section.node("column_map")?;
+    let has_prompt = match section.component_name() {
+        "stack_exchange_paired_dataset" => true,
+        _ => map.is_some_and(|map| map.entry("prompt").is_some()),
+    };
+    let prompt = has_prompt.then_some(Expected { default: "question", ..Expected::needed("prompt") });
+    let expected: Vec<Expected> = prompt.into_iter().chain(answers).collect();
+    let mut columns = column_map(section, &expected, &[])?.into_iter().map(|plan| plan.column);
+    let mut next = || columns.next().ok_or(Reported);
+    let prompt = if has_prompt { Some(next()?) } else { None };
+    let (chosen, rejected) = (next()?, next()?);
+    let guest = parts::template(section, "template", around)?;
+    let template = guest.map(|guest| TemplatePlan { guest, joined: false });
+    Ok(RowsPlan::Pairs { prompt, chosen, rejected, template })
 }
 
 fn alpaca_columns(section: &Section<'_>) -> Found<Vec<ColumnPlan>> {
@@ -415,7 +464,7 @@ fn column_map(section: &Section<'_>, expected: &[Expected], aliases: &[&str]) ->
             return fail(entry.value.mark, what);
         }
     }
-    let is_old = section.knows("template") && section.node("template")?.is_some();
+    let is_old = !is_paired(section) && section.knows("template") && section.node("template")?.is_some();
     let mut map = vec![];
     for (index, expected) in expected.iter().enumerate() {
         let own = node.entry(expected.name);

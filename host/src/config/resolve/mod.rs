@@ -5,6 +5,7 @@
 
 mod data;
 pub mod data_files;
+mod defaults;
 mod generate;
 mod parts;
 mod train;

@@ -16,13 +16,45 @@ use super::{Surroundings, guest};
 use crate::data::template::Role as Speaker;
 
 pub fn model(root: &Section<'_>, around: &Surroundings<'_>) -> Found<ModelPlan> {
-    let checkpoint = root
-        .component("checkpointer")
-        .and_then(|section| Ok((section.get::<PathBuf>("checkpoint_dir")?, checkpoint_files(&section)?)));
+    let checkpoint = root.component("checkpointer").and_then(|section| checkpoint(&section));
     let lora = root.component("model").and_then(|section| lora(&section));
     let adapter = adapter(root, around);
     let (checkpoint_dir, checkpoint_files) = checkpoint?;
     Ok(ModelPlan { checkpoint_dir, checkpoint_files, lora: lora?, adapter: adapter? })
+}
+
+fn checkpoint(section: &Section<'_>) -> Found<(PathBuf, Vec<String>)> {
+    Ok((section.get::<PathBuf>("checkpoint_dir")?, checkpoint_files(section)?))
+}
+
+/// A model beside the trained one, which nothing is written of: only its folder and files count.
+pub fn frozen(root: &Section<'_>, checkpointer: &str) -> Found<Option<ModelPlan>> {
+    let Some(section) = root.optional_component(checkpointer)? else { return Ok(None) };
+    let (checkpoint_dir, checkpoint_files) = checkpoint(&section)?;
+    Ok(Some(ModelPlan { checkpoint_dir, checkpoint_files, lora: None, adapter: None }))
+}
+
+/// The model to learn from. Its builder says no more than that it has no adapters.
+pub fn teacher(root: &Section<'_>) -> Found<Option<ModelPlan>> {
+    let (model, frozen) = (root.optional_component("teacher_model")?, frozen(root, "teacher_checkpointer")?);
+    match (&model, &frozen) {
+        (Some(model), Some(_)) if model.knows("lora_rank") => Err(root.fail(
+            "teacher_model",
+            format!("`teacher_model` is `{}`, and a teacher has no adapters", model.component_name()),
+            format!("take `{}`", model.component_name().trim_start_matches("lora_")),
+        )),
+        (Some(_), Some(_)) | (None, None) => Ok(frozen),
+        (Some(_), None) => Err(root.fail(
+            "teacher_model",
+            "`teacher_model` needs `teacher_checkpointer`, which says where its weights are",
+            "`teacher_checkpointer: {_component_: FullModelHFCheckpointer, checkpoint_dir: FOLDER}`",
+        )),
+        (None, Some(_)) => Err(root.fail(
+            "teacher_checkpointer",
+            "`teacher_checkpointer` needs `teacher_model`",
+            "name the model without adapters, such as `teacher_model: {_component_: qwen2_1_5b}`",
+        )),
+    }
 }
 
 /// Where an adapter comes from: `adapter_dir` of a generation, or torchtune's `checkpointer.adapter_checkpoint`.

@@ -300,7 +300,28 @@ fn every_builder_says_what_a_row_is() {
         "must be one of `sharegpt`, `openai`",
     );
     mistake("{_component_: slimorca_dataset, column_map: {messages: a}}", "this data set has `conversations`");
-    mistake("{_component_: torchtune.datasets.preference_dataset}", "pairs are for preference training");
+    let pairs = |text: &str| match of(text).rows {
+        RowsPlan::Pairs { prompt, chosen, rejected, .. } => (prompt, chosen, rejected),
+        rows => panic!("{rows:?}"),
+    };
+    let names = |prompt: Option<&str>, chosen: &str, rejected: &str| {
+        (prompt.map(str::to_owned), chosen.to_owned(), rejected.to_owned())
+    };
+    let preference = "{_component_: torchtune.datasets.preference_dataset, source: a/b";
+    assert_eq!(pairs(&format!("{preference}}}")), names(None, "chosen", "rejected"));
+    let mapped = format!("{preference}, column_map: {{prompt: p, chosen: c, rejected: r}}}}");
+    assert_eq!(pairs(&mapped), names(Some("p"), "c", "r"));
+    let stack = "{_component_: torchtune.datasets.stack_exchanged_paired_dataset}";
+    assert_eq!(pairs(stack), names(Some("question"), "response_j", "response_k"));
+    let told = notices(&[
+        &format!("dataset={stack}"),
+        "tokenizer.prompt_template=null",
+        "dataset_val=null",
+        "~run_val_every_n_steps",
+    ]);
+    assert!(told[0].contains("v0.2.1 took QuestionAnswerTemplate"), "{told:?}");
+    mistake(&format!("{preference}, packed: True}}"), "pairs stay together");
+    check_mistake(&[&format!("dataset_val={preference}}}")], "`dataset_val` has pairs");
     check_mistake(
         &["tokenizer.max_seq_len=null", "dataset.packed=True"],
         "`dataset.packed` needs `tokenizer.max_seq_len`",
@@ -596,6 +617,9 @@ fn every_honoured_key_is_read() {
         "grammar_dataset",
         "chat_dataset, source: a/b, conversation_style: openai",
         "slimorca_dataset",
+        "preference_dataset, source: a/b",
+        "hh_rlhf_helpful_dataset",
+        "stack_exchange_paired_dataset",
         "text_completion_dataset, source: a/b, packed: True",
         "wikitext_dataset, packed: True",
         "cnn_dailymail_articles_dataset, packed: True",

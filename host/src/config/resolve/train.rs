@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 
 use super::super::plan::{
     CheckpointPlan, ClipPlan, DatasetPlan, DiskFormat, GuestRef, Layout, LossPlan, MetricSink, MetricsPlan,
-    OptimizerPlan, SchedulePlan, TrainPlan,
+    OptimizerPlan, RowsPlan, SchedulePlan, TrainPlan,
 };
-use super::super::registry::keys::TRAIN;
+use super::super::registry::keys::{FOR_RECIPES, TRAIN};
 use super::super::section::{Found, Reader, Section};
 use super::super::yaml::{Node, Tree};
 use super::super::{Config, Notice};
 use super::parts::{self, number};
-use super::{Resolved, Surroundings, data, guest, resolve};
+use super::{Resolved, Surroundings, data, defaults, guest, resolve};
 use crate::error::Result;
 
 /// `varlen` without a `max_seq_len` to go by.
@@ -33,6 +33,8 @@ pub(super) fn build(
     let output_dir = root.get::<PathBuf>("output_dir");
     let recipe_settings = recipe_settings(&root);
     let model = parts::model(&root, around);
+    let reference = parts::frozen(&root, "ref_checkpointer");
+    let teacher = parts::teacher(&root);
     let tokenizer = parts::tokenizer(&root, around);
     let run_val_every_n_steps = run_val_every_n_steps(&root);
     let optimizer = root.component("optimizer").and_then(|section| optimizer(&section));
@@ -73,6 +75,16 @@ pub(super) fn build(
         None => tokenizer.max_seq_len.map_or(DEFAULT_TOKENS_PER_MICROBATCH, |length| length.saturating_mul(batch_size)),
     };
     let sizes = sizes?;
+    let loss = loss?;
+    let of_recipe = |key: &str| match key {
+        "loss" => loss.of_recipe.is_some(),
+        key => root.is_given(key),
+    };
+    let for_recipe = FOR_RECIPES.iter().filter(|key| of_recipe(key)).map(|key| (*key).to_owned()).collect();
+    if let (Some(name), false) = (&loss.of_recipe, dataset_val.is_empty()) {
+        let what = format!("`dataset_val` is measured by a loss of the model's, and `{name}` is a recipe's");
+        return Err(root.fail("dataset_val", what, "leave `dataset_val` out: `~dataset_val`"));
+    }
     Ok(TrainPlan {
         recipe: GuestRef { settings: recipe_settings?, ..guest(recipe.to_owned()) },
         config_path: reader.config.path.clone(),
@@ -80,6 +92,10 @@ pub(super) fn build(
         resolved_yaml: reader.config.to_yaml(),
         output_dir: output_dir?,
         model,
+        reference: reference?,
+        teacher: teacher?,
+        config: defaults::filled(&reader.config.root, TRAIN),
+        for_recipe,
         tokenizer,
         dataset,
         dataset_val,
@@ -94,7 +110,7 @@ pub(super) fn build(
         tokens_per_microbatch,
         optimizer: optimizer?,
         schedule: schedule?,
-        loss: loss?,
+        loss,
         clip_grad_norm: clip_grad_norm?,
         checkpoint,
         metrics: metrics?,
@@ -201,6 +217,14 @@ fn datasets(
             let message = format!("some data sets of `{name}` are packed and some are not");
             return Err(root.fail(name, message, "give each of them the same `packed`"));
         }
+        let is_paired = |plan: &DatasetPlan| matches!(plan.rows, RowsPlan::Pairs { .. });
+        if plans.iter().any(is_paired) && (name == "dataset_val" || !plans.iter().all(is_paired)) {
+            let what = match name {
+                "dataset_val" => "`dataset_val` has pairs, and only conversations and texts are measured on".to_owned(),
+                _ => format!("some data sets of `{name}` have pairs and some have not"),
+            };
+            return Err(root.fail(name, what, "preferences are trained on alone"));
+        }
         Ok(plans)
     };
     let (train, validation) = (sets("dataset"), sets("dataset_val"));
@@ -260,12 +284,13 @@ fn schedule(root: &Section<'_>) -> Found<SchedulePlan> {
 
 fn loss(root: &Section<'_>) -> Found<LossPlan> {
     if let Some(guest) = parts::loss_guest(root)? {
-        return Ok(LossPlan { guest: Some(guest), num_output_chunks: 1 });
+        return Ok(LossPlan { guest: Some(guest), of_recipe: None, num_output_chunks: 1 });
     }
     let section = root.component("loss")?;
+    let of_recipe = (section.component_name() == "DPOLoss").then(|| section.component_name().to_owned());
     // PyTorch's own loss has no such key; pieces change memory, not the loss.
     let num_output_chunks = if section.knows("num_output_chunks") { section.get("num_output_chunks")? } else { 8 };
-    Ok(LossPlan { guest: None, num_output_chunks })
+    Ok(LossPlan { guest: None, of_recipe, num_output_chunks })
 }
 
 fn clip_grad_norm(root: &Section<'_>) -> Found<Option<ClipPlan>> {

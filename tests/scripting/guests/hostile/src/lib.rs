@@ -61,7 +61,7 @@ fn main() -> Result<()> {
             while step.next_batch()?.is_some() {}
             step.finish()?;
             log(&format!("{:?}", loss.sum.shape()));
-            loss.sum.item()?;
+            loss.sum.item(Over::Local)?;
         }
         "bad_weight" => {
             let loss = model.loss(&batch)?;

@@ -1,0 +1,159 @@
+//! Preferences and distillation, started as a user starts them.
+
+use insta::assert_snapshot;
+use serde_json::{Value, json};
+
+use crate::case::{Case, Running, root};
+
+const WASM: &str = "recipes/lora_dpo_distributed.wasm";
+const RHAI: &str = "scripts/recipes/lora_dpo_distributed.rhai";
+const DPO: &[&str] =
+    &["loss={_component_: DPOLoss}", "dataset={_component_: preference_dataset, source: pairs}", "~dataset_val"];
+
+/// A case with pairs of answers: the better is short, the worse repeats itself.
+fn with_pairs() -> Case {
+    let case = Case::new();
+    let turn = |role: &str, text: &str| json!({ "role": role, "content": text });
+    let row = |i: usize| {
+        let asked = turn("user", &format!("The parser reads text files, number {i}."));
+        let (good, bad) = (format!("parser {i}"), format!("a parser, a parser, number {}", i % 7).repeat(1 + i % 3));
+        let row = json!({
+            "chosen": [asked, turn("assistant", &good)], "rejected": [asked, turn("assistant", &bad)],
+            "asked": format!("number {i}"), "good": good, "bad": bad,
+        });
+        format!("{row}\n")
+    };
+    case.write("pairs/train.jsonl", (0..64).map(row).collect::<String>());
+    case
+}
+
+fn metric(case: &Case, name: &str, key: &str) -> Vec<f64> {
+    let log = String::from_utf8(std::fs::read(case.path(&format!("{name}/logs/log.jsonl"))).unwrap()).unwrap();
+    let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter_map(|line| line[key].as_f64()).collect()
+}
+
+/// The same losses bit for bit from the script and from the component, on 1 and on 2 ranks, and the better answers win.
+#[test]
+fn preferences_are_learnt_the_same_by_script_and_component() {
+    let case = with_pairs();
+    let mut of_ranks = vec![];
+    for (ranks, accumulation) in [("1", "4"), ("2", "2")] {
+        let accumulation = format!("gradient_accumulation_steps={accumulation}");
+        let more = [&["--nproc", ranks, "epochs=2", "optimizer.lr=2e-2", &accumulation], DPO].concat();
+        let [wasm, rhai] = [(WASM, "wasm"), (RHAI, "rhai")].map(|(recipe, name)| {
+            let name = format!("{name}{ranks}");
+            let losses = case.losses(recipe, &name, &more);
+            let metrics: Vec<_> = ["rewards/margins", "rewards/accuracies", "log_probs/chosen"]
+                .map(|key| metric(&case, &name, key))
+                .into();
+            (losses, metrics, case.contents(&format!("{name}/epoch_1/adapter"))["adapter_model.safetensors"].clone())
+        });
+        assert!(wasm == rhai, "{:?} {:?}", wasm.0, rhai.0);
+        let accuracies = &wasm.1[1];
+        assert!(
+            (wasm.0[0] - 2f64.ln()).abs() < 1e-6 && *accuracies.last().unwrap() > 0.8,
+            "{:?} {accuracies:?}",
+            wasm.0
+        );
+        of_ranks.push(wasm);
+    }
+    for (one, two) in of_ranks[0].0.iter().zip(&of_ranks[1].0) {
+        assert!((one - two).abs() < 1e-5, "{:?} {:?}", of_ranks[0].0, of_ranks[1].0);
+    }
+}
+
+/// A prompt and two answers are the same pairs as two conversations; a template may make them; a checkpoint may be the reference.
+#[test]
+fn pairs_come_in_many_ways() {
+    let case = with_pairs();
+    let run = |name: &str, dataset: &str, more: &[&str]| {
+        let dataset = format!("dataset={dataset}");
+        case.losses(
+            RHAI,
+            name,
+            &[&["loss={_component_: DPOLoss}", &dataset, "~dataset_val", "optimizer.lr=1e-2"], more].concat(),
+        )
+    };
+    case.write(
+        "pairs.rhai",
+        "fn render(row) {
+    let asked = user(row.prompt);
+    pair([asked, assistant(row.chosen)], [asked, assistant(row.rejected)])
+}",
+    );
+    let map = "source: pairs, column_map: {prompt: asked, chosen: good, rejected: bad}";
+    let columns = run("columns", &format!("{{_component_: preference_dataset, {map}}}"), &[]);
+    let template = run("template", &format!("{{_component_: preference_dataset, {map}, template: pairs.rhai}}"), &[]);
+    assert_eq!(columns, template);
+    let reference = "ref_checkpointer={_component_: FullModelHFCheckpointer, checkpoint_dir: model}";
+    let second = run("second", &format!("{{_component_: preference_dataset, {map}}}"), &[reference]);
+    assert_eq!(columns, second);
+
+    let arguments = [&["preview", "--config", "train.yaml", "--rows", "1"], DPO].concat();
+    let ended = Running::start(&mut case.host(&arguments)).wait();
+    assert!(ended.stdout.contains("chosen") && ended.stdout.contains("rejected"), "{}{}", ended.stdout, ended.stderr);
+}
+
+#[test]
+fn a_student_learns_of_a_teacher() {
+    let case = Case::new();
+    let teacher = root().join("tests/fixtures/teacher");
+    let checkpointer =
+        format!("teacher_checkpointer={{_component_: FullModelHFCheckpointer, checkpoint_dir: {}}}", teacher.display());
+    let distil =
+        ["teacher_model={_component_: llama}", &checkpointer, "kd_loss={_component_: ForwardKLLoss}", "~dataset_val"];
+    const RECIPE: &str = "knowledge_distillation_distributed";
+    let losses = case.losses(RECIPE, "one", &distil);
+    let two = case.losses(RECIPE, "two", &[&["--nproc", "2", "gradient_accumulation_steps=2"], &distil[..]].concat());
+    assert!(losses.iter().zip(&two).all(|(one, two)| (one - two).abs() < 1e-5), "{losses:?} {two:?}");
+    let (class, taught) = (metric(&case, "one", "class_loss"), metric(&case, "one", "kd_loss"));
+    for (loss, (class, taught)) in losses.iter().zip(class.iter().zip(&taught)) {
+        assert!((loss - (class + taught) / 2.0).abs() < 1e-4, "{loss} {class} {taught}");
+    }
+    assert!(taught.last().unwrap() < &taught[0], "{taught:?}");
+}
+
+#[test]
+fn methods_that_do_not_fit() {
+    let case = with_pairs();
+    let fails = |recipe: &str, arguments: &[&str]| {
+        let ended = Running::start(&mut case.run(recipe, arguments)).wait();
+        ended.report()
+    };
+    assert_snapshot!(fails(RHAI, &["loss={_component_: DPOLoss}", "~dataset_val"]), @"
+    exit 2
+    error: the recipe trains on preferences, and the data set has none
+    hint: take `dataset._component_: preference_dataset`, or another recipe
+    ");
+    assert_snapshot!(fails("lora_distributed", DPO), @"
+    exit 2
+    error: the recipe asks for the loss of the config, and `DPOLoss` is none of a model
+    hint: take a recipe that computes it, such as `lora_dpo_distributed`, or another `loss`
+    ");
+    assert_snapshot!(fails("lora_distributed", &DPO[1..]), @"
+    exit 2
+    error: the recipe learns every answer, and the data set has pairs of a better and a worse one
+    hint: take a recipe for preferences, such as `lora_dpo_distributed`, or another data set
+    ");
+    assert_snapshot!(fails("lora_distributed", &["kd_ratio=0.3"]), @"
+    exit 2
+    error: the recipe `recipes/lora_distributed.wasm` never asked for `kd_ratio`
+      --> train.yaml
+    hint: that belongs to another method: leave it out, or run its recipe
+    ");
+    assert_snapshot!(fails("knowledge_distillation_distributed", &[]), @"
+    exit 1
+    error: recipe `scripts/recipes/knowledge_distillation_distributed.rhai` failed before the first step
+      --> scripts/recipes/knowledge_distillation_distributed.rhai:5:19
+    cause: the config names no model to learn from
+    hint: give `teacher_model` and `teacher_checkpointer`
+    ");
+    let measured = "dataset_val={_component_: instruct_dataset, source: data, split: validation}";
+    assert_snapshot!(fails(RHAI, &["loss={_component_: DPOLoss}", DPO[1], measured]), @"
+    exit 2
+    error: `dataset_val` is measured by a loss of the model's, and `DPOLoss` is a recipe's
+      --> command line
+    hint: leave `dataset_val` out: `~dataset_val`
+    ");
+}
