@@ -9,6 +9,7 @@ pub mod data;
 pub mod doctor;
 pub mod error;
 pub mod gguf;
+pub mod guest;
 pub mod hf;
 pub mod hub;
 pub mod import;

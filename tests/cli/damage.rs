@@ -117,6 +117,7 @@ fn config() -> Trial {
         cache_dir: None,
         kind: &|_| Some(FileKind::File),
         files_below: &|_| vec!["train.jsonl".to_owned()],
+        metadata: &|_| Ok(Default::default()),
     };
     let read = move |_: usize, bytes: Vec<u8>| {
         let text = String::from_utf8_lossy(&bytes);

@@ -5,6 +5,7 @@
 mod config;
 mod damage;
 mod files;
+mod guests;
 mod hub;
 #[path = "../support/hub.rs"]
 mod support_hub;

@@ -18,12 +18,15 @@ fn without_a_verb_it_helps() {
     Commands:
       run          Runs a recipe with a config
       validate     Checks a config and the files it names
-      ls           Lists the recipes and configs that come with it, and those that are not there yet
+      ls           Lists the recipes, configs and templates that come with it, and those that are not
+                   there yet
       cp           Copies a recipe, a template or a config, to change it
       cat          Prints a config
       keys         Says what a config may contain: every key with its default, and what becomes of it
       preview      Shows what rows become: text, tokens, and which of them carry loss
       check        Looks at a recipe, a template or a loss without running it
+      inspect      Shows what a recipe, a template or a loss says of itself, what it uses, its size and
+                   its digest
       download     Fetches a model or a data set from the Hugging Face hub
       import       Turns a GGUF model into a Hugging Face folder
       doctor       Shows what this machine has for a run, and what is wrong with it
@@ -39,6 +42,7 @@ fn without_a_verb_it_helps() {
       host download meta-llama/Llama-3.2-1B-Instruct --output-dir model
       host validate configs/smollm2/135M_lora_summarize.yaml
       host check my_template.rhai                         a guest, without running it
+      host inspect downloaded.wasm                        what it says of itself, and what it uses
       host preview --config my.yaml                       what rows become, and what carries loss
       host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
       host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
@@ -189,12 +193,15 @@ fn validate_helps() {
       [OVERRIDE]...  Changes to the config: `key=value`, `~key`
 
     Options:
-          --json  Print the verdict, the resolved plan, notices and mistakes as JSON
-      -h, --help  Print help
+          --recipe <RECIPE>  The recipe it is for, which may have keys of its own: a file, or a name
+                             that `host ls` lists
+          --json             Print the verdict, the resolved plan, notices and mistakes as JSON
+      -h, --help             Print help
 
     Examples:
       host validate my.yaml
       host validate my.yaml epochs=3 model.lora_rank=16
+      host validate my.yaml --recipe my_recipe.rhai
       host validate --json my.yaml | jq .plan.train.optimizer
 
     All mistakes are shown at once, each with its line and column. When there are none, the files are
@@ -285,6 +292,15 @@ fn ls_lists_what_is_there() {
                                             qwen3/14B_to_8B_KD_lora_single_device
     generate                                generation
                                             smollm2/135M_generate
+
+    NAME                                    ABOUT
+    generate (recipe)                       writes a continuation of one prompt
+    alpaca (template)                       An instruction, perhaps with an input, and its answer, in Alpaca's words (torchtune's `AlpacaInstructTemplate`)
+    grammar (template)                      A sentence to be corrected, as torchtune's `GrammarErrorCorrectionTemplate` words it
+    question_answer (template)              A question and the place for its answer, as torchtune's `QuestionAnswerTemplate` words it
+    chatml (template)                       ChatML, as torchtune's `ChatMLTemplate` writes it: `<|im_start|>role`, the text, `<|im_end|>`
+    llama2_chat (template)                  Llama 2's chat, as torchtune's `Llama2ChatTemplate` writes it: `[INST]` around what the user says
+    mistral_chat (template)                 Mistral's chat, as torchtune's `MistralChatTemplate` writes it: `[INST]` around what the user says
 
     NOT YET                                 CONFIG                                  ROAD
     full_finetune_single_device             llama2/7B_full_low_memory               methods: full fine-tuning

@@ -40,20 +40,59 @@ fn what_it_says() {
         "mine.rhai",
         "fn loss(logits, labels) { #{ sum: own(logits).sum(), weight: 1 } }\nfn own(x) { x.exp() }\n",
     );
-    let said = check(&case, "mine.rhai").stdout;
-    let digest = said.lines().find_map(|line| line.strip_prefix("digest     ")).unwrap().to_owned();
-    assert_eq!(digest.len(), 64);
-    assert_snapshot!(said.replace(&digest, "DIGEST"), @"
-    mine.rhai: a loss, Rhai script, 89 bytes
-    digest     DIGEST
-    host:sdk   0.0.3
+    assert_snapshot!(check(&case, "mine.rhai").stdout, @"
+    mine.rhai: a loss, Rhai script
+    host:sdk   0.0.3, and all that it uses is granted
     functions  loss(logits, labels)
                own(x)
     ");
     let json = Ended::of(&mut case.host(&["check", "--json", "guests/focal.wasm"])).stdout;
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!((json["kind"].as_str(), json["form"].as_str()), (Some("loss"), Some("Wasm component")));
-    assert!(json["imports"].as_array().unwrap().iter().any(|name| name == "host:sdk/tensors@0.0.3"));
+    assert!(json["capabilities"].as_array().unwrap().iter().any(|name| name == "host:sdk/tensors@0.0.3"));
+}
+
+#[test]
+fn what_a_guest_says_of_itself() {
+    let case = Case::new();
+    let inspect = |arguments: &[&str]| Ended::of(&mut case.host(&[&["inspect"], arguments].concat())).stdout;
+    let own = |text: String| {
+        let digest = text.lines().find_map(|line| line.strip_prefix("sha256     ")).unwrap().to_owned();
+        let size = text.lines().find_map(|line| line.strip_prefix("size       ")).unwrap().to_owned();
+        assert_eq!(digest.len(), 64);
+        text.replace(&digest, "[DIGEST]").replace(&size, "[SIZE]")
+    };
+    // The same in both languages, but for what the script's comment says besides.
+    assert_snapshot!(own(inspect(&["guests/focal.wasm"])), @"
+    guests/focal.wasm: a loss, Wasm component
+    about      Focal loss: tokens that the model is sure of count less.
+    keys       gamma = 2.0: a number, at least 0.0; how much less; 0 is cross-entropy
+    uses       host:sdk/types@0.0.3
+               host:sdk/tensors@0.0.3
+               13 interfaces of WASI, linked to nothing
+    size       [SIZE]
+    sha256     [DIGEST]
+    ");
+    assert_snapshot!(own(inspect(&["examples/own_loss/focal.rhai"])), @"
+    examples/own_loss/focal.rhai: a loss, Rhai script
+    about      Focal loss: tokens that the model is sure of count less. T.-Y. Lin and others, Focal Loss for Dense Object Detection (2017), equation 4.
+    keys       gamma = 2.0: a number, at least 0.0; how much less; 0 is cross-entropy
+    uses       host:sdk/types@0.0.3
+               host:sdk/tensors@0.0.3
+    size       [SIZE]
+    sha256     [DIGEST]
+    ");
+    let keys = |file: &str| {
+        let text = inspect(&["--json", file]);
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["metadata"]["keys"].clone()
+    };
+    assert_eq!(keys("guests/focal.wasm"), keys("examples/own_loss/focal.rhai"));
+    case.write("t.rhai", "//! ```toml\n//! [keys.shout]\n//! type = \"flag\"\n//! ```\nfn render(row) { [] }\n");
+    assert_snapshot!(check(&case, "t.rhai").stderr, @"
+    error: the template `t.rhai` names the key `shout`
+    cause: templates of host:sdk 0.0.3 take no settings
+    hint: remove `[keys.shout]`
+    ");
 }
 
 #[test]

@@ -118,6 +118,7 @@ fn every_shipped_config_is_fine_and_trains() {
             Some(if metadata.is_dir() { FileKind::Folder } else { FileKind::File })
         },
         files_below: &|_| vec!["train.jsonl".to_owned(), "validation.jsonl".to_owned()],
+        metadata: &|_| Ok(Default::default()),
     };
     let mut models = BTreeMap::new();
     let mut tried = 0;

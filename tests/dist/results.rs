@@ -345,6 +345,7 @@ fn a_prompt_is_the_beginning_of_a_training_row() {
         cache_dir: Some(case.path("cache")),
         kind: &|path: &Path| Some(if path.is_dir() { FileKind::Folder } else { FileKind::File }),
         files_below: &|_| vec!["train.jsonl".to_owned(), "validation.jsonl".to_owned()],
+        metadata: &|_| Ok(Default::default()),
     };
     // The library reads paths from where the test runs.
     let at = |key: &str, name: &str| format!("{key}={}", case.path(name).display());

@@ -15,6 +15,7 @@ use crate::config::{Config, Notice};
 use crate::data::source::{SourceFile, Wanted};
 use crate::data::split;
 use crate::error::{Error, Result};
+use crate::guest;
 use crate::hf::{ModelConfig, WeightIndex};
 use crate::tokenizer;
 
@@ -279,9 +280,10 @@ fn check_adapter(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Tells a guest by its first bytes: a Wasm component, or a Rhai script.
+/// Tells a guest by its first bytes: a Wasm component, or a Rhai script; and reads what it says of itself.
 fn check_guest(guest: &GuestRef, noun: &str) -> Result<()> {
     let path = &guest.path;
+    guest::metadata(path)?;
     let name = path.display();
     let mut start = [0u8; 8];
     let mut read = || -> std::io::Result<usize> {

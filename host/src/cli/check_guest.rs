@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::config::plan::{CheckPlan, Plan};
+use crate::config::plan::{CheckPlan, CheckStyle, Plan};
 use crate::error::Result;
 use crate::launch::{self, LaunchOptions};
 
@@ -10,10 +10,10 @@ const EXAMPLES: &str = "\
 Examples:
   host check my_recipe.rhai
   host check downloaded.wasm
-  host check --json my_template.wasm | jq .imports
+  host check --json my_template.wasm | jq .functions
 
 Nothing of the guest is run. A component is turned away that imports more than guests get, or another SDK; a script that
-cannot be parsed, or calls what there is not.";
+cannot be parsed, or calls what there is not. What the guest says of itself is read too: see `host inspect`.";
 
 /// Looks at a recipe, a template or a loss without running it
 #[derive(Debug, clap::Args)]
@@ -28,6 +28,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let plan = CheckPlan { path: args.file.clone(), json: args.json };
+    let style = if args.json { CheckStyle::Json } else { CheckStyle::Verdict };
+    let plan = CheckPlan { path: args.file.clone(), style };
     launch::run(&Plan::Check(plan), 1, &LaunchOptions::default())
 }

@@ -1,13 +1,15 @@
-//! `host ls`: the recipes and configs that come with it, in torchtune's columns, and those that are not there yet.
+//! `host ls`: the recipes and configs that come with it, in torchtune's columns, what the guests among them say of
+//! themselves, and what is not there yet.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
 use super::{shipped, ui};
-use crate::config::registry::{self, NOT_YET, NotYet, RECIPES, Recipe};
+use crate::config::registry::{self, Component, NOT_YET, NotYet, RECIPES, Recipe, Role, components};
 use crate::config::resolve::Surroundings;
 use crate::error::{Error, Result};
+use crate::guest;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -15,7 +17,7 @@ Examples:
   host ls lora_finetune_distributed
   host ls --json | jq -r '.[] | select(.not_yet | not) | .configs[].name'";
 
-/// Lists the recipes and configs that come with it, and those that are not there yet
+/// Lists the recipes, configs and templates that come with it, and those that are not there yet
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
@@ -42,12 +44,18 @@ pub fn run(args: &Args) -> Result<()> {
             None => error.hint("`host ls` lists the names"),
         });
     }
+    // Of all that comes with it, if no recipe is asked for.
+    let templates: Vec<&Component> = match args.recipe {
+        None => components::ALL.iter().filter(|it| it.role == Role::Template && it.refused.is_none()).collect(),
+        Some(_) => vec![],
+    };
     if args.json {
         let rows = recipes.iter().map(|recipe| to_json(recipe, &around));
         let later = not_yet
             .into_iter()
             .map(|entry| json!({"recipe": entry.recipe, "configs": entry.configs, "not_yet": entry.road}));
-        let rows: Vec<_> = rows.chain(later).collect();
+        let templates = templates.into_iter().map(|template| template_json(template, &around));
+        let rows: Vec<_> = rows.chain(later).chain(templates).collect();
         let text =
             serde_json::to_string_pretty(&rows).map_err(|error| Error::bug("a list is not JSON").cause(error))?;
         return ui::out(&text);
@@ -65,6 +73,17 @@ pub fn run(args: &Args) -> Result<()> {
             lines.push(row(if index == 0 { recipe.name } else { "" }, config));
         }
     }
+    let guests = recipes.iter().map(|recipe| ("recipe", recipe.name, about(recipe, &around)));
+    let guests = guests.chain(templates.iter().map(|template| {
+        let path = around.find_guest("templates", template.name);
+        ("template", template.name, path.map_or_else(String::new, |path| said_by(&path)))
+    }));
+    let guests: Vec<_> = guests.filter(|(.., about)| !about.is_empty()).collect();
+    if !guests.is_empty() {
+        lines.extend((!lines.is_empty()).then(String::new));
+        lines.push(format!("{:<39} ABOUT", "NAME"));
+    }
+    lines.extend(guests.iter().map(|(kind, name, about)| format!("{:<39} {about}", format!("{name} ({kind})"))));
     if !not_yet.is_empty() {
         lines.extend((!lines.is_empty()).then(String::new));
         lines.push(format!("{:<39} {:<39} ROAD", "NOT YET", "CONFIG"));
@@ -91,12 +110,38 @@ fn configs(recipe: &Recipe, around: &Surroundings<'_>) -> Vec<(&'static str, Pat
     found.filter(|(_, path)| path.is_file()).collect()
 }
 
+/// What a recipe does.
+fn about(recipe: &Recipe, around: &Surroundings<'_>) -> String {
+    match (recipe.doc, around.find_guest("recipes", recipe.name)) {
+        (Some(doc), _) => doc.to_owned(),
+        (None, Some(path)) => said_by(&path),
+        (None, None) => String::new(),
+    }
+}
+
+/// The first sentence of what a guest says of itself.
+fn said_by(path: &Path) -> String {
+    match guest::metadata(path) {
+        Ok(metadata) => {
+            let said = metadata.description.unwrap_or_default();
+            said.split_inclusive(". ").next().unwrap_or_default().trim_end_matches(['.', ' ']).to_owned()
+        }
+        Err(error) => error.message,
+    }
+}
+
+fn template_json(template: &Component, around: &Surroundings<'_>) -> serde_json::Value {
+    let path = around.find_guest("templates", template.name);
+    let about = path.as_deref().map(said_by);
+    json!({"template": template.name, "about": about, "aliases": template.aliases, "path": path, "configs": []})
+}
+
 fn to_json(recipe: &Recipe, around: &Surroundings<'_>) -> serde_json::Value {
     let configs: Vec<_> =
         configs(recipe, around).into_iter().map(|(name, path)| json!({"name": name, "path": path})).collect();
     json!({
         "recipe": recipe.name,
-        "about": recipe.doc,
+        "about": about(recipe, around),
         "aliases": recipe.aliases,
         "path": if recipe.is_guest { around.find_guest("recipes", recipe.name) } else { None },
         "configs": configs,

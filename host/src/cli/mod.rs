@@ -11,6 +11,7 @@ mod doctor;
 mod download;
 mod hub_data;
 mod import;
+mod inspect;
 mod keys;
 mod ls;
 mod preview;
@@ -31,6 +32,7 @@ Examples:
   host download meta-llama/Llama-3.2-1B-Instruct --output-dir model
   host validate configs/smollm2/135M_lora_summarize.yaml
   host check my_template.rhai                         a guest, without running it
+  host inspect downloaded.wasm                        what it says of itself, and what it uses
   host preview --config my.yaml                       what rows become, and what carries loss
   host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
   host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
@@ -57,6 +59,7 @@ enum Verb {
     Keys(keys::Args),
     Preview(preview::Args),
     Check(check_guest::Args),
+    Inspect(inspect::Args),
     Download(download::Args),
     Import(import::Args),
     Doctor(doctor::Args),
@@ -74,6 +77,7 @@ pub fn dispatch(cli: Cli) -> Result<()> {
         Some(Verb::Keys(args)) => keys::run(&args),
         Some(Verb::Preview(args)) => preview::run(&args),
         Some(Verb::Check(args)) => check_guest::run(&args),
+        Some(Verb::Inspect(args)) => inspect::run(&args),
         Some(Verb::Download(args)) => download::run(&args),
         Some(Verb::Import(args)) => import::run(&args),
         Some(Verb::Doctor(args)) => doctor::run(&args),

@@ -1,7 +1,6 @@
 //! `host preview`: the first rows of a config's data, as the model will see them.
 
 use std::io::IsTerminal;
-use std::path::Path;
 
 use super::{check, hub_data, shipped, ui};
 use crate::config::plan::{Plan, PreviewPlan, PreviewStyle};
@@ -37,6 +36,10 @@ pub struct Args {
     #[arg(long)]
     validation: bool,
 
+    /// The recipe the config is for, where it has keys of its own
+    #[arg(long, value_name = "RECIPE")]
+    recipe: Option<String>,
+
     /// An object a line: row, spans of text and tokens, whether each carries loss
     #[arg(long)]
     json: bool,
@@ -50,7 +53,8 @@ pub fn run(args: &Args) -> Result<()> {
             .at_file(&config.path)
             .hint("`host run generate` with `echo_prompt=True` shows its prompt"));
     }
-    let resolved = resolve::train(&config, Path::new(""), &around)?;
+    let recipe = args.recipe.as_ref().map(|name| super::run::find_guest(name, &around)).transpose()?;
+    let resolved = resolve::train(&config, &recipe.unwrap_or_default(), &around)?;
     let mut notices = resolved.notices;
     let key = if args.validation { "dataset_val" } else { "dataset" };
     notices.extend(check::check_data(&resolved.plan, key, &config)?);

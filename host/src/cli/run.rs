@@ -103,6 +103,14 @@ fn find_recipe(name: &str, around: &Surroundings<'_>) -> Result<Recipe> {
     }
 }
 
+/// The file of a recipe, for a verb that wants a guest.
+pub fn find_guest(name: &str, around: &Surroundings<'_>) -> Result<PathBuf> {
+    match find_recipe(name, around)? {
+        Recipe::Guest(path) => Ok(path),
+        Recipe::Generate => Err(Error::config("`generate` is no guest, and has no keys of its own")),
+    }
+}
+
 fn resolve(recipe: &Recipe, config: &Config, around: &Surroundings<'_>) -> Result<(Plan, Vec<Notice>)> {
     // One line instead of a mistake for each key.
     let wrong_kind = |is_for: &str, hint: &str| {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::config::resolve::{FileKind, Surroundings};
 use crate::config::{Config, registry};
 use crate::error::{Error, Result};
+use crate::guest;
 
 /// Looks at the real machine.
 pub fn surroundings() -> Surroundings<'static> {
@@ -22,6 +23,7 @@ pub fn surroundings() -> Surroundings<'static> {
         cache_dir: cache_dir(),
         kind: &file_kind,
         files_below: &files_below,
+        metadata: &guest::metadata,
     }
 }
 

@@ -1,6 +1,6 @@
 //! `host validate`: everything `run` does before it starts a worker.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
@@ -14,6 +14,7 @@ const EXAMPLES: &str = "\
 Examples:
   host validate my.yaml
   host validate my.yaml epochs=3 model.lora_rank=16
+  host validate my.yaml --recipe my_recipe.rhai
   host validate --json my.yaml | jq .plan.train.optimizer
 
 All mistakes are shown at once, each with its line and column. When there are none, the files are
@@ -31,6 +32,10 @@ pub struct Args {
     #[arg(value_name = "OVERRIDE")]
     overrides: Vec<String>,
 
+    /// The recipe it is for, which may have keys of its own: a file, or a name that `host ls` lists
+    #[arg(long, value_name = "RECIPE")]
+    recipe: Option<String>,
+
     /// Print the verdict, the resolved plan, notices and mistakes as JSON
     #[arg(long)]
     json: bool,
@@ -39,7 +44,8 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let around = shipped::surroundings();
     let path = shipped::find_config(&args.config, &around);
-    let verdict = verdict(&path, &args.overrides, &around);
+    let recipe = args.recipe.as_ref().map(|name| super::run::find_guest(name, &around)).transpose()?;
+    let verdict = verdict(&path, &args.overrides, recipe.unwrap_or_default(), &around);
     if args.json {
         ui::out(&to_json(&path, &verdict)?)?;
         return verdict.map(|_| ());
@@ -49,14 +55,19 @@ pub fn run(args: &Args) -> Result<()> {
     ui::out("Config is well-formed!")
 }
 
-fn verdict(path: &Path, overrides: &[String], around: &resolve::Surroundings<'_>) -> Result<(Plan, Vec<Notice>)> {
+fn verdict(
+    path: &Path,
+    overrides: &[String],
+    recipe: PathBuf,
+    around: &resolve::Surroundings<'_>,
+) -> Result<(Plan, Vec<Notice>)> {
     let config = shipped::load_config(path, overrides, around)?;
     let (mut plan, mut notices) = if config.is_generation() {
         let resolved = resolve::generate(&config, around)?;
         (Plan::Generate(Box::new(resolved.plan)), resolved.notices)
     } else {
-        // Which recipe it will be for is not in a config.
-        let resolved = resolve::train(&config, Path::new(""), around)?;
+        // Which recipe it will be for is not in a config: an empty path where nobody says.
+        let resolved = resolve::train(&config, &recipe, around)?;
         (Plan::Train(Box::new(resolved.plan)), resolved.notices)
     };
     notices.extend(check::check(&plan, &config)?);

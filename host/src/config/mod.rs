@@ -4,7 +4,9 @@
 //! [`registry`]) → [`resolve`] (to a plan). Each stage leaves what it found wrong and lets the next go on, so that a person
 //! sees every mistake at once. [`check`] looks at the files a plan names; nothing before it reads any but the config.
 
+mod guests;
 mod interpolate;
+pub mod metadata;
 mod overrides;
 pub mod plan;
 pub mod registry;
@@ -41,7 +43,7 @@ impl Notice {
 }
 
 /// A config after overrides and interpolation, with the mistakes found so far.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Config {
     pub path: PathBuf,
     pub overrides: Vec<String>,
@@ -49,6 +51,8 @@ pub struct Config {
     written: Node,
     root: Node,
     mistakes: Vec<Error>,
+    /// Top-level keys that are the recipe's own.
+    recipe_keys: Vec<String>,
     /// Of the mistakes, how many are overrides that could not be applied; they come first.
     not_applied: usize,
 }
@@ -69,7 +73,15 @@ impl Config {
             let error = yaml::locate(Error::config(mistake.message), path, mistake.mark);
             mistake.hint.into_iter().fold(error, Error::hint)
         }));
-        Ok(Self { path: path.to_owned(), overrides: overrides.to_vec(), written, root, mistakes, not_applied })
+        Ok(Self {
+            path: path.to_owned(),
+            overrides: overrides.to_vec(),
+            written,
+            root,
+            mistakes,
+            recipe_keys: vec![],
+            not_applied,
+        })
     }
 
     /// Returns the config as YAML, overrides applied and interpolations replaced.

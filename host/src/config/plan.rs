@@ -30,11 +30,22 @@ impl Plan {
     }
 }
 
-/// A guest file to look at without running it: `host check`.
+/// A guest file to look at without running it: `host check` and `host inspect`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CheckPlan {
     pub path: PathBuf,
-    pub json: bool,
+    pub style: CheckStyle,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckStyle {
+    /// That it fits this host, and what a config may say to it.
+    Verdict,
+    /// What it is.
+    Details,
+    /// All of it.
+    Json,
 }
 
 /// What a data set's first rows become: `host preview`.

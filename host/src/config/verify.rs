@@ -42,6 +42,8 @@ impl Verifier<'_> {
             }
             match registry::find(groups, &entry.key) {
                 Some(key) => self.entry(entry, key, &join(path, &entry.key)),
+                // Held against the recipe's own words already.
+                None if path.is_empty() && self.config.recipe_keys.contains(&entry.key) => {}
                 None => self.unknown_key(entry, groups, path),
             }
         }
@@ -64,9 +66,11 @@ impl Verifier<'_> {
         let error = self.config.error(entry.key_mark, format!("unknown key `{}`", join(path, &entry.key)));
         let names =
             || groups.iter().flat_map(|group| group.iter()).filter(|key| !matches!(key.class, Class::Refused(_)));
+        let own: &[String] = if path.is_empty() { &self.config.recipe_keys } else { &[] };
+        let own = own.iter().map(String::as_str);
         let hint = if entry.key == "<<" {
             "write the keys out, or take a value from elsewhere with `${section.key}`".to_owned()
-        } else if let Some(near) = suggest::nearest(&entry.key, names().map(|key| key.name)) {
+        } else if let Some(near) = suggest::nearest(&entry.key, names().map(|key| key.name).chain(own)) {
             format!("did you mean `{}`?", join(path, near))
         } else if groups.is_empty() {
             format!("`{path}` takes no further keys")

@@ -28,6 +28,8 @@
 //! A *template* turns rows of data into messages: see [`Template`] and [`template!`]. A *loss* takes the place of
 //! cross-entropy in any recipe: see [`Loss`] and [`loss!`].
 //!
+//! What a guest says of itself, the keys that it reads of a config among it, stands in [`metadata!`].
+//!
 //! A guest has no files, network, clock, environment or random numbers. What it prints goes to the run's log, and the text
 //! of a panic into the report of its failure. Every function is described in `sdk/REFERENCE.md`.
 
@@ -37,6 +39,7 @@
 pub mod bindings;
 mod error;
 mod loss;
+mod metadata;
 mod ops;
 mod recipe;
 mod template;

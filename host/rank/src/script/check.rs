@@ -1,68 +1,137 @@
-//! `host check`: what can be said of a guest without running it.
+//! `host check` and `host inspect`: what can be said of a guest without running it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
-use host::config::plan::{CheckPlan, GuestLimits};
+use host::config::metadata::{Key, Metadata, shown};
+use host::config::plan::{CheckPlan, CheckStyle, GuestLimits};
 use host::worker::StopFlag;
 use host::{Error, Result};
 use rhai::{AST, ASTNode, Engine, Expr, Stmt};
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
 use super::api::HostState;
 use super::guest::{self, Guest, SDK_VERSION, World};
 use super::loss::loss_engine;
 use super::rhai::{parse, recipe_engine};
-use super::template::{digest, template_engine};
+use super::template::template_engine;
 use super::wasm;
 
 /// Prints what a guest is, or says what is wrong with it.
 pub fn check(plan: &CheckPlan) -> Result<()> {
-    let path = &plan.path;
-    // Told apart first; what is of no world is read as a recipe, whose errors say so.
-    let bytes = guest::bytes_of(path, "guest")?;
-    let script = (!bytes.starts_with(b"\0asm")).then(|| String::from_utf8_lossy(&bytes).into_owned());
-    let world = match &script {
-        Some(text) => world_of_script(text),
-        None => guest::world_of(&bytes),
-    };
-    let world = world.unwrap_or(World::Recipe);
-    let (digest, size) = (digest(&bytes), bytes.len());
-    let guest = guest::of_bytes(path, bytes, world)?;
-    let (form, imports, functions) = match &guest {
-        Guest::Component(bytes) => {
-            wasm::compile(path, bytes)?;
-            ("Wasm component", guest::imports_of(bytes), vec![])
-        }
-        Guest::Script(text) => {
-            let engine = engine_of(world);
-            let script = parse(path, text, &engine)?;
-            check_calls(path, &engine, &script)?;
-            let functions = script.iter_functions().map(|f| format!("{}({})", f.name, f.params.join(", ")));
-            // They come in an order that changes.
-            ("Rhai script", vec![], functions.collect::<BTreeSet<_>>().into_iter().collect())
-        }
-    };
-    let text = if plan.json {
-        json!({
-            "file": path, "kind": world.noun(), "form": form, "bytes": size, "digest": digest, "sdk": SDK_VERSION,
-            "imports": imports, "functions": functions,
-        })
-        .to_string()
-    } else {
-        let mut text = format!(
-            "{}: a {}, {form}, {} bytes\ndigest     {digest}\nhost:sdk   {SDK_VERSION}",
-            path.display(),
-            world.noun(),
-            size
-        );
-        for (name, list) in [("imports", &imports), ("functions", &functions)] {
-            for (index, item) in list.iter().enumerate() {
-                text += &format!("\n{:<10} {item}", if index == 0 { name } else { "" });
+    let found = Found::of(&plan.path)?;
+    host::cli::ui::out(&match plan.style {
+        CheckStyle::Verdict => found.verdict(),
+        CheckStyle::Details => found.details(),
+        CheckStyle::Json => found.to_json().to_string(),
+    })
+}
+
+/// What there is to say of a guest that was not run.
+struct Found {
+    path: PathBuf,
+    world: World,
+    form: &'static str,
+    bytes: usize,
+    sha256: String,
+    /// What it uses of its host: a component's imports, or what every script of its world may call.
+    capabilities: Vec<String>,
+    /// Of a script, with their parameters.
+    functions: Vec<String>,
+    metadata: Metadata,
+}
+
+impl Found {
+    fn of(path: &Path) -> Result<Self> {
+        // Told apart first; what is of no world is read as a recipe, whose errors say so.
+        let bytes = guest::bytes_of(path, "guest")?;
+        let world = world_of(&bytes).unwrap_or(World::Recipe);
+        let (size, sha256) = (bytes.len(), format!("{:x}", Sha256::digest(&bytes)));
+        let metadata = host::guest::metadata_of(path, &bytes);
+        let (form, capabilities, functions) = match guest::of_bytes(path, bytes, world)? {
+            Guest::Component(bytes) => {
+                wasm::compile(path, &bytes)?;
+                ("Wasm component", guest::imports_of(&bytes), vec![])
             }
+            Guest::Script(text) => {
+                let engine = engine_of(world);
+                let script = parse(path, &text, &engine)?;
+                check_calls(path, &engine, &script)?;
+                let functions = script.iter_functions().map(|f| format!("{}({})", f.name, f.params.join(", ")));
+                let granted = guest::granted(world).iter().map(|name| format!("{name}@{SDK_VERSION}"));
+                // They come in an order that changes.
+                ("Rhai script", granted.collect(), functions.collect::<BTreeSet<_>>().into_iter().collect())
+            }
+        };
+        let metadata = metadata?;
+        if world == World::Template
+            && let Some(key) = metadata.keys.first()
+        {
+            return Err(Error::config(format!("the template `{}` names the key `{}`", path.display(), key.name))
+                .cause(format!("templates of host:sdk {SDK_VERSION} take no settings"))
+                .hint(format!("remove `[keys.{}]`", key.name)));
         }
+        Ok(Self { path: path.to_owned(), world, form, bytes: size, sha256, capabilities, functions, metadata })
+    }
+
+    fn verdict(&self) -> String {
+        let mut text = format!("{}: a {}, {}", self.path.display(), self.world.noun(), self.form);
+        add_row(&mut text, "host:sdk", [format!("{SDK_VERSION}, and all that it uses is granted")]);
+        add_row(&mut text, "keys", self.metadata.keys.iter().map(key_line));
+        add_row(&mut text, "functions", self.functions.iter().cloned());
         text
+    }
+
+    fn details(&self) -> String {
+        let Metadata { name, version, description, license, keys } = &self.metadata;
+        let mut text = format!("{}: a {}, {}", self.path.display(), self.world.noun(), self.form);
+        let texts = [("name", name), ("version", version), ("about", description), ("license", license)];
+        for (heading, value) in texts {
+            add_row(&mut text, heading, value.iter().flat_map(|value| value.lines()).map(str::to_owned));
+        }
+        add_row(&mut text, "keys", keys.iter().map(key_line));
+        // What every component of Rust's library imports tells nothing: it is linked to nothing.
+        let (sdk, inert): (Vec<&String>, Vec<_>) = self.capabilities.iter().partition(|name| name.starts_with("host:"));
+        let inert = (!inert.is_empty()).then(|| format!("{} interfaces of WASI, linked to nothing", inert.len()));
+        add_row(&mut text, "uses", sdk.into_iter().cloned().chain(inert));
+        add_row(&mut text, "size", [format!("{} bytes", self.bytes)]);
+        add_row(&mut text, "sha256", [self.sha256.clone()]);
+        text
+    }
+
+    fn to_json(&self) -> serde_json::Value {
+        json!({
+            "file": self.path, "kind": self.world.noun(), "form": self.form, "sdk": SDK_VERSION,
+            "metadata": self.metadata, "capabilities": self.capabilities, "functions": self.functions,
+            "bytes": self.bytes, "sha256": self.sha256,
+        })
+    }
+}
+
+fn add_row(text: &mut String, heading: &str, lines: impl IntoIterator<Item = String>) {
+    for (index, line) in lines.into_iter().enumerate() {
+        *text += &format!("\n{:<10} {line}", if index == 0 { heading } else { "" });
+    }
+}
+
+/// `gamma = 2.0: a number, at least 0.0; how much less`
+fn key_line(key: &Key) -> String {
+    let default = match (&key.default, key.required) {
+        (Some(default), _) => format!(" = {}", shown(default)),
+        (None, true) => " (required)".to_owned(),
+        (None, false) => " = null".to_owned(),
     };
-    host::cli::ui::out(&text)
+    let doc = key.doc.as_ref().map(|doc| format!("; {doc}")).unwrap_or_default();
+    format!("{}{default}: {}{doc}", key.name, key.expected())
+}
+
+/// The world of what may be a guest, by what a component exports or a script defines.
+pub fn world_of(bytes: &[u8]) -> Option<World> {
+    match bytes.starts_with(b"\0asm") {
+        true => guest::world_of(bytes),
+        false => world_of_script(&String::from_utf8_lossy(bytes)),
+    }
 }
 
 /// By the functions that a template and a loss define.
@@ -100,7 +169,7 @@ fn engine_of(world: World) -> Engine {
 }
 
 /// Every function that is called must be there, and take as many arguments somewhere.
-fn check_calls(path: &std::path::Path, engine: &Engine, script: &AST) -> Result<()> {
+fn check_calls(path: &Path, engine: &Engine, script: &AST) -> Result<()> {
     let mut known: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     for signature in engine.gen_fn_signatures(true) {
         let (name, rest) = signature.split_once('(').unwrap_or((&signature, ")"));

@@ -232,12 +232,17 @@ fn check_world(path: &Path, surface: &Surface, world: World) -> Result<()> {
     .hint(format!("a {noun} in Rust ends with `host_sdk::{noun}!(…)`")))
 }
 
-fn check_imports(path: &Path, surface: &Surface, world: World) -> Result<()> {
-    let sdk: &[&str] = match world {
+/// The interfaces of the SDK that a guest of a world may use.
+pub fn granted(world: World) -> &'static [&'static str] {
+    match world {
         World::Recipe => &["host:sdk/types", "host:sdk/tensors", "host:sdk/training"],
         World::Template => &["host:sdk/types"],
         World::Loss => &["host:sdk/types", "host:sdk/tensors"],
-    };
+    }
+}
+
+fn check_imports(path: &Path, surface: &Surface, world: World) -> Result<()> {
+    let sdk = granted(world);
     let mut denied: Vec<&str> = surface
         .imports
         .iter()

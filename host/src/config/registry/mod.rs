@@ -239,7 +239,8 @@ pub struct Recipe {
     /// Written by its users in Rhai or built from Rust; `false` for a verb of `host` itself.
     pub is_guest: bool,
     pub configs: &'static [&'static str],
-    pub doc: &'static str,
+    /// What it does; a guest says it itself.
+    pub doc: Option<&'static str>,
 }
 
 pub const RECIPES: &[Recipe] = &[
@@ -295,7 +296,7 @@ pub const RECIPES: &[Recipe] = &[
             "qwen3/32B_lora",
             "smollm2/135M_lora_summarize",
         ],
-        doc: "fine-tunes adapters (LoRA), on one device or many",
+        doc: None,
     },
     Recipe {
         name: "lora_dpo_distributed",
@@ -327,7 +328,7 @@ pub const RECIPES: &[Recipe] = &[
         aliases: &[],
         is_guest: false,
         configs: &["generation", "smollm2/135M_generate"],
-        doc: "writes a continuation of one prompt",
+        doc: Some("writes a continuation of one prompt"),
     },
 ];
 

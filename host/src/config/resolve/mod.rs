@@ -12,6 +12,7 @@ mod train;
 
 use std::path::{Path, PathBuf};
 
+use super::metadata::Metadata;
 use super::plan::GuestRef;
 use super::registry::Key;
 use super::section::{Found, Reader};
@@ -34,6 +35,8 @@ pub struct Surroundings<'a> {
     pub kind: &'a dyn Fn(&Path) -> Option<FileKind>,
     /// The files below a folder, by their path in it.
     pub files_below: &'a dyn Fn(&Path) -> Vec<String>,
+    /// What the guest in a file says of itself; nothing where there is none.
+    pub metadata: &'a dyn Fn(&Path) -> Result<Metadata>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -19,6 +19,7 @@ const DEFAULT_TOKENS_PER_MICROBATCH: usize = 4096;
 
 /// Resolves a config for a recipe; an empty path when there is none yet (`validate`).
 pub fn train(config: &Config, recipe: &Path, around: &Surroundings<'_>) -> Result<Resolved<TrainPlan>> {
+    let config = &config.with_guests(recipe, TRAIN, around.metadata);
     resolve(config, TRAIN, |reader, notices| build(reader, recipe, around, notices))
 }
 

@@ -18,3 +18,7 @@ fn main() -> Result<()> {
 }
 
 host_sdk::recipe!(main);
+
+host_sdk::metadata! {r#"
+description = "LoRA fine-tuning, on any number of ranks: cross-entropy on the labels of each batch."
+"#}

@@ -20,3 +20,7 @@ impl Template for Summarize {
 }
 
 host_sdk::template!(Summarize);
+
+host_sdk::metadata! {r#"
+description = "`Summarize this dialogue:` before what is asked, `Summary:` after it, as torchtune's `SummarizeTemplate` words it."
+"#}

@@ -20,3 +20,13 @@ impl Loss for Focal {
 }
 
 host_sdk::loss!(Focal);
+
+host_sdk::metadata! {r#"
+description = "Focal loss: tokens that the model is sure of count less."
+
+[keys.gamma]
+type = "num"
+default = 2.0
+min = 0.0
+doc = "how much less; 0 is cross-entropy"
+"#}

@@ -1,0 +1,298 @@
+//! What guests say of themselves: mistakes in it, and configs held against it.
+
+use host::config::metadata::{KeyType, Metadata};
+use host::guest::{self, SECTION};
+use insta::assert_snapshot;
+
+use super::Case;
+
+const LOSS: &str = r#"//! Focal loss.
+//!
+//! ```toml
+//! version = "0.1.0"
+//! license = "MIT"
+//!
+//! [keys.gamma]
+//! type = "num"
+//! default = 2
+//! min = 0.0
+//! doc = "how much less sure tokens count"
+//!
+//! [keys.reduce]
+//! type = "text"
+//! choices = ["labels", "tokens"]
+//!
+//! [keys.places]
+//! type = "int"
+//! required = true
+//! min = 1
+//! max = 9
+//!
+//! [keys.smooth]
+//! type = "flag"
+//! default = false
+//! ```
+
+fn loss(logits, labels, settings) { #{ sum: logits.sum(), weight: 1 } }
+"#;
+
+/// A case with the guest `own.rhai` as its loss.
+fn with_loss(text: &str) -> Case {
+    let case = Case::edited(&[("  _component_: cross_entropy", "  _component_: own.rhai")]);
+    case.write("own.rhai", text);
+    case
+}
+
+/// A script whose metadata is `toml`, as `validate` reads it.
+fn broken(toml: &str) -> String {
+    let lines: String = toml.lines().map(|line| format!("//! {line}\n")).collect();
+    with_loss(&format!("//! A loss.\n//!\n//! ```toml\n{lines}//! ```\n")).validate(&[])
+}
+
+#[test]
+fn a_value_of_the_wrong_type_is_one_clear_message() {
+    assert_snapshot!(broken("version = 3"), @r#"
+    exit 2
+    --- stderr
+    error: the metadata's `version` must be a text, found the number `3`
+      --> own.rhai:4:15
+    hint: `version = "…"`
+    "#);
+    assert_snapshot!(broken("[keys.gamma]\ntype = \"num\"\ndefault = \"high\""), @"
+    exit 2
+    --- stderr
+    error: the metadata's `keys.gamma.default` must be a number, found the text `high`
+      --> own.rhai:6:15
+    hint: the key's type is `num`
+    ");
+    assert_snapshot!(broken("[keys.gamma]\ntype = \"float\""), @r#"
+    exit 2
+    --- stderr
+    error: the metadata's `keys.gamma.type` must be one of `flag`, `int`, `num`, `text`, found the text `float`
+      --> own.rhai:5:12
+    hint: `type = "num"`
+    "#);
+    assert_snapshot!(broken("keys = [\"gamma\"]"), @r#"
+    exit 2
+    --- stderr
+    error: the metadata's `keys` must be a table, found a list
+      --> own.rhai:4:12
+    hint: `[keys.gamma]`, then `type = "num"`
+    "#);
+}
+
+#[test]
+fn every_mistake_in_metadata_is_said_by_line() {
+    assert_snapshot!(broken("versoin = \"1\"\n[keys.gamma]\ntype = \"num\"\ndefautl = 1.0\n[keys.Beta]\ntype = \"int\""), @"
+    exit 2
+    --- stderr
+    error: metadata has no field `versoin`
+      --> own.rhai:4:5
+    hint: did you mean `version`?
+
+    error: a key has no field `defautl`
+      --> own.rhai:7:5
+    hint: did you mean `default`?
+
+    error: a key cannot be called `Beta`
+      --> own.rhai:8:11
+    hint: its name is lower-case letters, digits and `_`, at most 64
+    ");
+    assert_snapshot!(broken("[keys.a]\ntype = \"int\"\nmin = 3\nmax = 1\n[keys.b]\ntype = \"text\"\nmin = 1"), @"
+    exit 2
+    --- stderr
+    error: the key `a` is at least 3 and at most 1
+      --> own.rhai:4:11
+    hint: swap `min` and `max`
+
+    error: `keys.b.min` bounds a text, which has no order
+      --> own.rhai:10:11
+    hint: remove `min`
+    ");
+    assert_snapshot!(broken("[keys.a]\ntype = \"num\"\nmin = 0.0\ndefault = -1.0\n[keys.b]\ndefault = 1"), @"
+    exit 2
+    --- stderr
+    error: `keys.a.default` must be a number, at least 0.0, found -1.0
+      --> own.rhai:7:15
+    hint: a default is what a config may write too
+
+    error: the key `b` has no `type`
+      --> own.rhai:8:11
+    hint: it is one of `flag`, `int`, `num`, `text`
+    ");
+    assert_snapshot!(broken("[keys.a]\ntype = \"num\"\nrequired = true\ndefault = 1"), @"
+    exit 2
+    --- stderr
+    error: the key `a` is required and has a default
+      --> own.rhai:4:11
+    hint: remove `required` or `default`
+    ");
+    assert_snapshot!(broken("[keys.a]\ntype = \"text\"\ndefault = \"a\\u001bb\""), @r#"
+    exit 2
+    --- stderr
+    error: `keys.a.default` holds the control character `\u{1b}`
+      --> own.rhai:6:15
+    hint: a text is letters, digits and signs
+    "#);
+    assert_snapshot!(broken("name ="), @"
+    exit 2
+    --- stderr
+    error: the metadata of `own.rhai` is not TOML
+      --> own.rhai:4:11
+    cause: string values must be quoted, expected literal string
+    ");
+    assert_snapshot!(with_loss("//! ```toml\n//! name = \"a\"\n\nfn loss(a, b) {}").validate(&[]), @"
+    exit 2
+    --- stderr
+    error: the metadata of `own.rhai` has no end
+      --> own.rhai:1
+    hint: a line of `//!` and three backticks ends the block
+    ");
+    assert_snapshot!(with_loss("//! ```toml\n//! ```\n//! ```toml\n//! ```\n").validate(&[]), @"
+    exit 2
+    --- stderr
+    error: `own.rhai` has more than one block of metadata
+      --> own.rhai:3
+    hint: put all of it into the first
+    ");
+    let long = format!("doc = \"{}\"", "a".repeat(70_000));
+    assert_snapshot!(broken(&long), @"
+    exit 2
+    --- stderr
+    error: the metadata of `own.rhai` has 70009 bytes, and it may have 65536
+    ");
+}
+
+#[test]
+fn a_loss_is_given_its_own_keys_and_no_others() {
+    let case = with_loss(LOSS);
+    assert_snapshot!(case.validate(&["loss.places=0", "loss.gama=1", "loss.smooth=yes please", "loss.reduce=all"]), @"
+    exit 2
+    --- stderr
+    error: unknown key `loss.gama`
+      --> command line
+    hint: did you mean `loss.gamma`?
+
+    error: `loss.reduce` must be one of `labels`, `tokens`, found the text `all`
+      --> command line
+
+    error: `loss.places` must be a whole number from 1 to 9, found the number `0`
+      --> command line
+
+    error: `loss.smooth` must be `True` or `False`, found the text `yes please`
+      --> command line
+    ");
+    assert_snapshot!(case.validate(&["loss.gamma=[1]"]), @"
+    exit 2
+    --- stderr
+    error: `loss.gamma` must be a number, at least 0.0, found a list
+      --> command line
+    hint: `loss.gamma`: how much less sure tokens count
+
+    error: the key `loss.places` is missing
+      --> c.yaml:24:3
+    hint: `loss.places` is a whole number from 1 to 9
+    ");
+    let json = case.validate(&["--json", "loss.places=3", "loss.gamma=1"]);
+    let value: serde_json::Value = serde_json::from_str(json.strip_prefix("exit 0\n--- stdout\n").unwrap()).unwrap();
+    let plan = &value["plan"]["train"];
+    assert_snapshot!(plan["loss"]["guest"]["settings"], @r#"{"places":3,"gamma":1.0,"reduce":null,"smooth":false}"#);
+    // What the checkpoints say of the run has them too.
+    assert!(plan["resolved_yaml"].as_str().unwrap().contains("  smooth: false\n"));
+    // Of a guest that names none nothing is known.
+    let case = with_loss("fn loss(logits, labels, settings) { #{ sum: logits.sum(), weight: 1 } }");
+    assert_snapshot!(case.validate(&["loss.anything=1"]), @"
+    exit 0
+    --- stdout
+    Config is well-formed!
+    ");
+}
+
+#[test]
+fn a_recipe_has_keys_at_the_top_of_a_config() {
+    let case = Case::new();
+    let recipe = "//! ```toml\n//! [keys.kd_ratio]\n//! type = \"num\"\n//! default = 0.5\n//! max = 1.0\n//! ```\n";
+    case.write("own.rhai", recipe);
+    assert_snapshot!(case.validate(&["kd_ratio=0.1"]), @"
+    exit 2
+    --- stderr
+    error: unknown key `kd_ratio`
+      --> command line
+    hint: keys of the config: output_dir, tokenizer, dataset, dataset_val, run_val_every_n_steps, seed, shuffle, batch_size, gradient_accumulation_steps, epochs, max_steps_per_epoch, model, checkpointer, resume_from_checkpoint, resume_from, save_adapter_weights_only, save_every_n_steps, optimizer, lr_scheduler, loss, clip_grad_norm, device, dtype, metric_logger, log_every_n_steps, log_peak_memory_stats, log_level, layout, tokens_per_microbatch, compat, recipe, limits, cache_dir, profiler
+    ");
+    assert_snapshot!(case.validate(&["--recipe", "own.rhai", "kd_ratio=0.1"]), @"
+    exit 0
+    --- stdout
+    Config is well-formed!
+    ");
+    assert_snapshot!(case.validate(&["--recipe", "own.rhai", "kd_ratio=3", "recipe.kd_ratio=1"]), @"
+    exit 2
+    --- stderr
+    error: the recipe `own.rhai` names its keys, and reads no `recipe`
+      --> command line
+    hint: set them at the top of the config: `kd_ratio`
+
+    error: `kd_ratio` must be a number, at most 1.0, found the number `3`
+      --> command line
+    ");
+    assert_snapshot!(case.validate(&["--recipe", "own.rhai", "kd_rati=0.3"]), @"
+    exit 2
+    --- stderr
+    error: unknown key `kd_rati`
+      --> command line
+    hint: did you mean `kd_ratio`?
+    ");
+    let json = case.validate(&["--json", "--recipe", "own.rhai"]);
+    assert!(json.contains("kd_ratio: 0.5\\n"), "{json}");
+    case.write("own.rhai", "//! ```toml\n//! [keys.seed]\n//! type = \"int\"\n//! ```\n");
+    assert_snapshot!(case.validate(&["--recipe", "own.rhai"]), @"
+    exit 2
+    --- stderr
+    error: the recipe `own.rhai` calls a key of its own `seed`
+    cause: the host has a key of that name
+    hint: give it another name
+    ");
+}
+
+/// A component with nothing but custom sections.
+fn component(sections: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut bytes = super::COMPONENT.to_vec();
+    for (name, data) in sections {
+        let size = 1 + name.len() + data.len();
+        assert!(name.len() < 128 && size < 1 << 14);
+        bytes.extend([0, size as u8 & 0x7f | 0x80, (size >> 7) as u8, name.len() as u8]);
+        bytes.extend_from_slice(name.as_bytes());
+        bytes.extend_from_slice(data);
+    }
+    bytes
+}
+
+fn of_component(sections: &[(&str, &[u8])]) -> Result<Metadata, String> {
+    guest::metadata_of("own.wasm".as_ref(), &component(sections)).map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_components_metadata_is_a_section_with_its_authors_line() {
+    let text = b"# src/lib.rs:40\n\nversion = \"1.0\"\n[keys.gamma]\ntype = \"num\"\n";
+    let metadata = of_component(&[("name", b""), (SECTION, text)]).unwrap();
+    assert_eq!((metadata.version.as_deref(), metadata.keys[0].ty), (Some("1.0"), KeyType::Num));
+    assert_snapshot!(of_component(&[(SECTION, b"# src/lib.rs:40\n\nversion = 1\n")]).unwrap_err(), @r#"
+    error: the metadata's `version` must be a text, found the number `1`
+      --> src/lib.rs:41:11
+    hint: `version = "…"`
+    "#);
+    assert_snapshot!(of_component(&[(SECTION, b"version = 1\n")]).unwrap_err(), @r#"
+    error: the metadata's `version` must be a text, found the number `1`
+      --> own.wasm:1:11
+    hint: `version = "…"`
+    "#);
+    assert_snapshot!(of_component(&[(SECTION, b""), (SECTION, b"")]).unwrap_err(), @"
+    error: cannot read the metadata of `own.wasm`
+    cause: it has more than one section `host:meta`
+    hint: call `host_sdk::metadata!` once, in the crate of the guest
+    ");
+    assert_snapshot!(of_component(&[(SECTION, b"\xff")]).unwrap_err(), @"
+    error: cannot read the metadata of `own.wasm`
+    cause: the section `host:meta` is no text: invalid utf-8 sequence of 1 bytes from index 0
+    ");
+}
