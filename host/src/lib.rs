@@ -13,6 +13,7 @@ pub mod guest;
 pub mod hf;
 pub mod hub;
 pub mod import;
+pub mod kit;
 pub mod launch;
 pub mod libtorch;
 pub mod machine;

@@ -296,3 +296,173 @@ fn a_components_metadata_is_a_section_with_its_authors_line() {
     cause: the section `host:meta` is no text: invalid utf-8 sequence of 1 bytes from index 0
     ");
 }
+
+#[test]
+fn a_new_guest_needs_a_name_and_a_place_of_its_own() {
+    let case = Case::new();
+    assert_snapshot!(case.host(&["new", "template", "Mine-2"]), @"
+    exit 2
+    --- stderr
+    error: a guest cannot be called `Mine-2`
+    hint: its name is lower-case letters, digits and `_`, at most 64
+    ");
+    assert_snapshot!(case.host(&["new", "template", "model"]), @"
+    exit 2
+    --- stderr
+    error: `model` is there already
+    hint: give another name, or `--dir FOLDER`
+    ");
+    assert_snapshot!(case.host(&["new", "tempate", "mine"]), @"
+    exit 2
+    --- stderr
+    error: invalid value 'tempate' for '<KIND>'
+      [possible values: recipe, template, loss]
+
+      tip: a similar value exists: 'template'
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(case.host(&["new", "loss", "mine", "--dir", "guests/my: own"]), @"
+    exit 0
+    --- stdout
+    guests/my: own/mine holds a new loss. Next:
+      host check 'guests/my: own/mine/mine.rhai'
+      host test 'guests/my: own/mine'
+      host preview --config 'guests/my: own/mine/config.yaml' checkpointer.checkpoint_dir=MODEL
+      host run lora_distributed --nproc 2 --config 'guests/my: own/mine/config.yaml' checkpointer.checkpoint_dir=MODEL
+    ");
+    assert_snapshot!(case.host(&["validate", "guests/my: own/mine/config.yaml"]), @"
+    exit 0
+    --- stdout
+    Config is well-formed!
+    ");
+    // The SDK is the repository's, byte for byte, and nothing but the guest is made.
+    let sdk = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../sdk");
+    case.host(&["new", "loss", "rusty", "--lang", "rust"]);
+    for name in ["REFERENCE.md", "rust/Cargo.toml", "rust/src/lib.rs", "rust/src/metadata.rs"] {
+        let copied = std::fs::read(case.path().join("rusty/sdk").join(name)).unwrap();
+        assert_eq!(copied, std::fs::read(sdk.join(name)).unwrap(), "{name}");
+    }
+    let names = std::fs::read_dir(case.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert!(!names.into_iter().any(|name| name.starts_with(".host-new")));
+}
+
+#[test]
+fn a_test_needs_a_guest() {
+    let case = Case::new();
+    assert_snapshot!(case.host(&["test", "model"]), @"
+    exit 2
+    --- stderr
+    error: the folder `model` holds no guest
+    hint: a guest is a .rhai or .wasm file; `host new` makes a folder with one
+    ");
+    assert_snapshot!(case.host(&["test", "."]), @"
+    exit 2
+    --- stderr
+    error: the folder `.` holds no guest
+    hint: a guest is a .rhai or .wasm file; `host new` makes a folder with one
+    ");
+    case.write("a.rhai", "");
+    case.write("b.wasm", "");
+    assert_snapshot!(case.host(&["test", "."]), @"
+    exit 2
+    --- stderr
+    error: the folder `.` holds several guests
+    cause: `./a.rhai`, `./b.wasm`
+    hint: name one of the files
+    ");
+    case.host(&["new", "loss", "rusty", "--lang", "rust"]);
+    assert_snapshot!(case.host(&["test", "rusty"]), @"
+    exit 2
+    --- stderr
+    error: the guest in `rusty` is not built: no `rusty/target/wasm32-wasip2/release/rusty.wasm`
+    hint: `(cd rusty && cargo build --release)` builds it
+    ");
+    assert_snapshot!(case.host(&["test", "a.rhai", "--accept"]), @"
+    exit 2
+    --- stderr
+    error: `a.rhai` has no rows to accept
+    hint: put rows into `tests/rows.jsonl` of the guest's folder
+    ");
+}
+
+mod properties {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A key as TOML, and whether its author made a mistake in it.
+    fn key() -> impl Strategy<Value = (String, bool)> {
+        let value = prop_oneof![
+            (-99i64..99).prop_map(|value| ("int", value.to_string())),
+            (-9.0..9.0f64).prop_map(|value| ("num", format!("{value:?}"))),
+            any::<bool>().prop_map(|value| ("flag", value.to_string())),
+            "[a-zé ]{0,9}".prop_map(|value| ("text", format!("{value:?}"))),
+        ];
+        let ty = prop::sample::select(vec!["int", "num", "flag", "text"]);
+        (value, ty).prop_map(|((of, value), ty)| {
+            // A whole number is a number too.
+            let fits = of == ty || (of, ty) == ("int", "num");
+            (format!("type = {ty:?}\ndefault = {value}\n"), !fits)
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(400) })]
+
+        /// Keys are read as they were written, in that order, in both forms; each default of the wrong type is one mistake.
+        #[test]
+        fn keys_are_what_was_written(keys in prop::collection::btree_map("[a-z][a-z0-9_]{0,20}", key(), 0..8)) {
+            let toml: String = keys.iter().rev().map(|(name, (fields, _))| format!("[keys.{name}]\n{fields}")).collect();
+            let script: String = toml.lines().map(|line| format!("//! {line}\n")).collect();
+            let script = format!("//! A guest.\n//!\n//! ```toml\n{script}//! ```\n");
+            let wrong = keys.values().filter(|(_, is_wrong)| *is_wrong).count();
+            let of_script = guest::metadata_of("own.rhai".as_ref(), script.as_bytes());
+            let of_component =
+                guest::metadata_of("own.wasm".as_ref(), &component(&[(SECTION, toml.as_bytes())]));
+            match (of_script, of_component) {
+                (Ok(script), Ok(component)) => {
+                    prop_assert_eq!(wrong, 0);
+                    prop_assert_eq!(&script.keys, &component.keys);
+                    let names: Vec<_> = script.keys.iter().map(|key| key.name.as_str()).collect();
+                    prop_assert_eq!(names, keys.keys().rev().map(String::as_str).collect::<Vec<_>>());
+                    for key in &script.keys {
+                        prop_assert!(key.default.as_ref().is_some_and(|default| key.fit(default).as_ref() == Some(default)));
+                    }
+                }
+                (Err(script), Err(component)) => {
+                    prop_assert_eq!(1 + script.others.len(), wrong);
+                    prop_assert_eq!(1 + component.others.len(), wrong);
+                }
+                (script, component) => prop_assert!(false, "{:?} and {:?}", script, component),
+            }
+        }
+
+        /// Whatever stands there is metadata or one error with the guest's name.
+        #[test]
+        fn anything_is_metadata_or_an_error(
+            noise in prop_oneof![
+                "[\\[\\]a-z\"'=.{}, 0-9\n#-]{0,200}",
+                r#"(name|version|keys|keys\.a|\[keys\.a\]|type|min|choices) ?= ?("a"|1|-2\.5e400|nan|99999999999999999999|\[1, "b"\]|\{\}|1979-05-27)\n"#,
+            ],
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let script: String = noise.lines().map(|line| format!("//! {line}\n")).collect();
+            let whole = component(&[(SECTION, noise.as_bytes())]);
+            let files = [
+                ("own.rhai", format!("//! ```toml\n{script}//! ```\n").into_bytes()),
+                ("own.rhai", format!("//! {noise}").into_bytes()),
+                ("own.wasm", whole.clone()),
+                ("own.wasm", component(&[(SECTION, &bytes)])),
+                ("own.wasm", [super::super::COMPONENT, &bytes].concat()),
+                ("own.wasm", whole[..whole.len() - whole.len() / 3].to_vec()),
+            ];
+            for (name, content) in files {
+                if let Err(error) = guest::metadata_of(name.as_ref(), &content) {
+                    prop_assert_eq!(error.kind, host::error::Kind::Config);
+                    prop_assert!(error.to_string().contains("own."), "{}", error);
+                }
+            }
+        }
+    }
+}

@@ -24,7 +24,10 @@ fn without_a_verb_it_helps() {
       cat          Prints a config
       keys         Says what a config may contain: every key with its default, and what becomes of it
       preview      Shows what rows become: text, tokens, and which of them carry loss
+      new          Makes a folder with a new recipe, template or loss
       check        Looks at a recipe, a template or a loss without running it
+      test         Holds a guest against what its author expects, and shows how much of each limit it
+                   used
       inspect      Shows what a recipe, a template or a loss says of itself, what it uses, its size and
                    its digest
       download     Fetches a model or a data set from the Hugging Face hub
@@ -41,6 +44,7 @@ fn without_a_verb_it_helps() {
       host cp smollm2/135M_lora_summarize my.yaml
       host download meta-llama/Llama-3.2-1B-Instruct --output-dir model
       host validate configs/smollm2/135M_lora_summarize.yaml
+      host new template my_template                       a folder that builds, tests and runs
       host check my_template.rhai                         a guest, without running it
       host inspect downloaded.wasm                        what it says of itself, and what it uses
       host preview --config my.yaml                       what rows become, and what carries loss

@@ -12,6 +12,7 @@ mod faults;
 #[allow(dead_code)]
 mod gguf_fixture;
 mod hub;
+mod kit;
 mod methods;
 mod mistakes;
 mod preview;

@@ -71,6 +71,10 @@ fn start(plan: &Path, env: &WorkerEnv) -> Result<()> {
             preview::run(&plan)
         }
         Plan::Check(plan) => script::check(&plan),
+        Plan::Test(plan) => {
+            logging("WARN", env);
+            script::test(&plan, env, stop)
+        }
     })?
 }
 

@@ -28,7 +28,7 @@ pub fn check(plan: &Plan, config: &Config) -> Result<Vec<Notice>> {
             findings.model(&plan.model);
             findings.tokenizer(&plan.tokenizer, &plan.model.checkpoint_dir);
         }
-        Plan::Preview(_) | Plan::Check(_) => {}
+        Plan::Preview(_) | Plan::Check(_) | Plan::Test(_) => {}
     }
     findings.end()
 }

@@ -14,9 +14,11 @@ mod import;
 mod inspect;
 mod keys;
 mod ls;
+mod new;
 mod preview;
 mod run;
 mod shipped;
+mod test_guest;
 mod torchrun;
 pub mod ui;
 mod validate;
@@ -31,6 +33,7 @@ Examples:
   host cp smollm2/135M_lora_summarize my.yaml
   host download meta-llama/Llama-3.2-1B-Instruct --output-dir model
   host validate configs/smollm2/135M_lora_summarize.yaml
+  host new template my_template                       a folder that builds, tests and runs
   host check my_template.rhai                         a guest, without running it
   host inspect downloaded.wasm                        what it says of itself, and what it uses
   host preview --config my.yaml                       what rows become, and what carries loss
@@ -58,7 +61,9 @@ enum Verb {
     Cat(cat::Args),
     Keys(keys::Args),
     Preview(preview::Args),
+    New(new::Args),
     Check(check_guest::Args),
+    Test(test_guest::Args),
     Inspect(inspect::Args),
     Download(download::Args),
     Import(import::Args),
@@ -76,6 +81,8 @@ pub fn dispatch(cli: Cli) -> Result<()> {
         Some(Verb::Cat(args)) => cat::run(&args),
         Some(Verb::Keys(args)) => keys::run(&args),
         Some(Verb::Preview(args)) => preview::run(&args),
+        Some(Verb::New(args)) => new::run(&args),
+        Some(Verb::Test(args)) => test_guest::run(&args),
         Some(Verb::Check(args)) => check_guest::run(&args),
         Some(Verb::Inspect(args)) => inspect::run(&args),
         Some(Verb::Download(args)) => download::run(&args),

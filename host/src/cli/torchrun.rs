@@ -77,7 +77,7 @@ impl Args {
         let device = match plan {
             Plan::Train(plan) => plan.device,
             Plan::Generate(plan) => plan.device,
-            Plan::Preview(_) | Plan::Check(_) => DevicePlan::Cpu,
+            Plan::Preview(_) | Plan::Check(_) | Plan::Test(_) => DevicePlan::Cpu,
         };
         let gpus = || match device {
             // A run on the CPU has no use for them.

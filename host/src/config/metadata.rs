@@ -124,6 +124,31 @@ impl Key {
     }
 }
 
+impl Metadata {
+    /// Settings as a run gives them to a guest: every key that it names, by default where they say nothing.
+    pub fn settings(&self, given: &serde_json::Map<String, serde_json::Value>) -> Result<serde_json::Value> {
+        let to_json = |value: &Value| serde_json::to_value(value).unwrap_or_default();
+        if self.keys.is_empty() {
+            return Ok(given.clone().into());
+        }
+        if let Some(name) = given.keys().find(|name| !self.keys.iter().any(|key| key.name == **name)) {
+            let names = quoted(self.keys.iter().map(|key| &key.name));
+            return Err(Error::config(format!("the guest has no key `{name}`")).hint(format!("it has {names}")));
+        }
+        let mut settings = serde_json::Map::new();
+        for key in &self.keys {
+            let value = match given.get(&key.name).filter(|value| !value.is_null()) {
+                Some(value) => serde_yaml::to_value(value).ok().and_then(|value| key.fit(&value)),
+                None if key.required => None,
+                None => Some(key.default.clone().unwrap_or_default()),
+            };
+            let value = value.ok_or_else(|| Error::config(format!("`{}` must be {}", key.name, key.expected())))?;
+            settings.insert(key.name.clone(), to_json(&value));
+        }
+        Ok(settings.into())
+    }
+}
+
 /// Both are of one type by then.
 fn is_below(value: &Value, other: &Value) -> bool {
     match (value.as_i64(), other.as_i64(), value.as_f64(), other.as_f64()) {

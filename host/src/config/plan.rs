@@ -17,6 +17,7 @@ pub enum Plan {
     Generate(Box<GeneratePlan>),
     Preview(Box<PreviewPlan>),
     Check(CheckPlan),
+    Test(TestPlan),
 }
 
 impl Plan {
@@ -25,7 +26,7 @@ impl Plan {
         match self {
             Self::Train(plan) => Some(&plan.model),
             Self::Generate(plan) => Some(&plan.model),
-            Self::Preview(_) | Self::Check(_) => None,
+            Self::Preview(_) | Self::Check(_) | Self::Test(_) => None,
         }
     }
 }
@@ -46,6 +47,21 @@ pub enum CheckStyle {
     Details,
     /// All of it.
     Json,
+}
+
+/// A guest to hold against its author's expectations: `host test`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TestPlan {
+    pub guest: PathBuf,
+    /// What is expected: an object a line. None where the guest's folder has no such file.
+    pub rows: Option<PathBuf>,
+    /// Write what comes of the rows as what is expected.
+    pub accept: bool,
+    /// An empty folder for a recipe's tiny model.
+    pub scratch: PathBuf,
+    /// Changes to the config of that run.
+    pub overrides: Vec<String>,
+    pub json: bool,
 }
 
 /// What a data set's first rows become: `host preview`.

@@ -16,7 +16,7 @@ use wasmtime::component::Resource;
 
 use super::guest::Blame;
 use super::handles::Slab;
-use super::limits::Clock;
+use super::limits::{Clock, PEAKS, Peaks};
 use super::log::SharedLog;
 use super::tensors::TensorSlot;
 use super::training::{BatchInfo, Training};
@@ -227,6 +227,7 @@ impl HostState {
     pub(super) fn check_handles(&self) -> HostResult<()> {
         let held = self.tensors.len() + self.batches.len() + self.models.len() + self.steps.len() + self.runs.len();
         if held < self.max_handles {
+            Peaks::raise(&PEAKS.handles, held as u64 + 1);
             return Ok(());
         }
         Err(HostError::guest(types::Code::Limit, format!("{held} handles are held, and a guest may hold {held}"))

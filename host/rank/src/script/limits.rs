@@ -4,6 +4,7 @@
 //! handed out, a step finished): those are bounded by the run itself, whereas a budget restarted by any host call would
 //! never stop a loop around a cheap one. Time inside host calls is taken off.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use host::worker::StopFlag;
@@ -12,6 +13,37 @@ use super::api::{Failure, types};
 
 /// How long a guest may compute on after the run was asked to stop.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// The most that guests of this process have used of each limit; `host test` tells their author.
+#[derive(Debug, Default)]
+pub struct Peaks {
+    /// Bytes of a component's memory. A script's values are bounded one by one, and have no sum.
+    pub memory: AtomicU64,
+    /// Bytes of tensors.
+    pub tensors: AtomicU64,
+    pub handles: AtomicU64,
+    /// Of a script, to the nearest 64.
+    pub operations: AtomicU64,
+    pub micros: AtomicU64,
+}
+
+pub static PEAKS: Peaks = Peaks {
+    memory: AtomicU64::new(0),
+    tensors: AtomicU64::new(0),
+    handles: AtomicU64::new(0),
+    operations: AtomicU64::new(0),
+    micros: AtomicU64::new(0),
+};
+
+impl Peaks {
+    pub fn raise(peak: &AtomicU64, used: u64) {
+        peak.fetch_max(used, Relaxed);
+    }
+
+    pub fn raise_time(&self, computed: Duration) {
+        Self::raise(&self.micros, computed.as_micros() as u64);
+    }
+}
 
 /// How long the guest has worked since the loop last turned.
 pub struct Clock {
@@ -54,6 +86,7 @@ impl Clock {
     /// Takes the time since `entered` off the guest's bill.
     pub fn leave_host(&mut self, entered: Instant) {
         let left = Instant::now();
+        PEAKS.raise_time(entered.saturating_duration_since(self.turn).saturating_sub(self.in_host));
         self.in_host += left - entered;
         self.worked += left - entered;
         self.loop_time = Some((self.loop_time.map_or(entered, |(first, _)| first), left));
@@ -72,6 +105,7 @@ impl Clock {
     /// A stop is answered by the run, at the next turn of the loop; a guest that does not come back is ended.
     pub fn check(&self) -> Result<(), Failure> {
         let computed = self.turn.elapsed().saturating_sub(self.in_host);
+        PEAKS.raise_time(computed);
         if self.stop.is_set() && computed > self.budget.min(GRACE) {
             let error = host::Error::interrupted("stopped, but the guest did not come back to its loop")
                 .hint("the newest checkpoint is the last one that was saved before");

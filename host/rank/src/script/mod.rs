@@ -22,6 +22,7 @@ mod rhai_generated;
 mod run;
 pub mod template;
 mod tensors;
+mod test;
 pub mod training;
 pub mod wasm;
 
@@ -36,6 +37,7 @@ pub use guest::SDK_VERSION;
 pub use job::{templates, train};
 pub use loss::open_loss;
 pub use template::open_template;
+pub use test::test;
 pub use training::{BatchInfo, Training};
 
 /// The stack of the thread a recipe runs on.

@@ -24,6 +24,7 @@ use wasmtime::component::Resource;
 
 use super::api::{Failure, HostError, HostResult, HostState, types};
 use super::guest::Blame;
+use super::limits::{PEAKS, Peaks};
 use super::rhai_generated;
 use super::training::Training;
 
@@ -277,6 +278,7 @@ impl Front {
                     begun.set((turn, operations));
                 }
                 let done = operations.saturating_sub(begun.get().1);
+                Peaks::raise(&PEAKS.operations, done);
                 state.clock.check().err().or_else(|| (done > most).then(|| too_many_operations(most)))?
             };
             progress.borrow_mut().fail(failure);

@@ -11,6 +11,7 @@ use wasmtime::component::Resource;
 use host::panics;
 
 use super::api::{HostError, HostResult, HostState, tensors, types, unknown_handle};
+use super::limits::{PEAKS, Peaks};
 
 /// The most elements a tensor made by a guest may have: 8 GiB of 32-bit floats.
 const MAX_ELEMENTS: i64 = 1 << 31;
@@ -34,6 +35,7 @@ impl HostState {
         let bytes = self.tensor_bytes.saturating_add(bytes(&tensor));
         self.check_bytes(&tensor.size(), bytes)?;
         self.tensor_bytes = bytes;
+        Peaks::raise(&PEAKS.tensors, bytes as u64);
         let arena = self.arena();
         Ok(self.tensors.insert(TensorSlot::Live { tensor, arena }))
     }

@@ -25,6 +25,7 @@ use wasmtime_wasi::{I32Exit, WasiCtx};
 
 use super::api::{self, Failure, HostState};
 use super::guest::Blame;
+use super::limits::{PEAKS, Peaks};
 use super::log::SharedLog;
 use super::training::Training;
 
@@ -140,6 +141,7 @@ impl ResourceLimiter for MemoryLimit {
         let fits = wanted <= self.limit;
         if fits {
             self.used = wanted;
+            Peaks::raise(&PEAKS.memory, wanted as u64);
         } else {
             self.refused.get_or_insert(wanted);
         }
