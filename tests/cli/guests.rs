@@ -339,7 +339,7 @@ fn a_new_guest_needs_a_name_and_a_place_of_its_own() {
     // The SDK is the repository's, byte for byte, and nothing but the guest is made.
     let sdk = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../sdk");
     case.host(&["new", "loss", "rusty", "--lang", "rust"]);
-    for name in ["REFERENCE.md", "rust/Cargo.toml", "rust/src/lib.rs", "rust/src/metadata.rs"] {
+    for name in ["README.md", "REFERENCE.md", "rust/Cargo.toml", "rust/src/lib.rs", "rust/src/metadata.rs"] {
         let copied = std::fs::read(case.path().join("rusty/sdk").join(name)).unwrap();
         assert_eq!(copied, std::fs::read(sdk.join(name)).unwrap(), "{name}");
     }

@@ -1,11 +1,12 @@
-//! The author's kit: what `host new` makes works at once, what `host test` finds, in both languages.
+//! The author's kit: what `host new` makes works at once, what `host test` finds, and `sdk/README.md` word for word.
 
+use std::path::Path;
 use std::process::Command;
 
 use host_rank::script::SDK_VERSION;
 use insta::assert_snapshot;
 
-use crate::case::{Case, Ended};
+use crate::case::{Case, Ended, root};
 
 /// Runs cargo in a folder of the case, without network: what a guest needs was fetched with the shipped guests.
 fn build(case: &Case, guest: &str) -> Ended {
@@ -263,4 +264,46 @@ fn a_recipe_fails_at_its_own_line() {
       --> mine/mine.rhai:19:28
     cause: `logsumexp` over dimension 7, but shape [124, 258] has dimensions -2 to 1
     ");
+}
+
+/// The blocks of commands in a guide.
+fn commands(guide: &Path) -> String {
+    let text = std::fs::read_to_string(guide).unwrap();
+    let blocks = text.split("\n```sh\n").skip(1).map(|rest| rest.split_once("\n```\n").unwrap().0);
+    blocks.map(|block| format!("{block}\n")).collect()
+}
+
+#[test]
+fn the_guide_does_what_it_says() {
+    let case = Case::new();
+    let script = commands(&root().join("sdk/README.md"));
+    assert!(script.matches("--nproc 2").count() == 4 && script.matches("host preview").count() == 2, "{script}");
+    let folder = case.path("empty");
+    std::fs::create_dir(&folder).unwrap();
+    let mut shell = Command::new("bash");
+    case.prepare(&mut shell);
+    let programs = Path::new(env!("CARGO_BIN_EXE_host-rank")).parent().unwrap();
+    let path = std::env::join_paths(
+        std::iter::once(programs.to_owned()).chain(std::env::split_paths(&std::env::var_os("PATH").unwrap())),
+    );
+    shell.args(["-e", "-u", "-o", "pipefail", "-c", &script]).current_dir(&folder);
+    shell.env("PATH", path.unwrap()).env("MODEL", case.path("model")).env("CARGO_NET_OFFLINE", "true");
+    let ended = whole(&mut shell);
+    assert_eq!(ended.code, 0, "{}\n{}", ended.stdout, ended.stderr);
+    for said in [
+        "one_line/one_line.rhai: a template",
+        "3 rows are written to `one_line/tests/rows.jsonl`",
+        "\"skip\":\"the answer has more than a line\"",
+        "⟦",
+        "one_line_rust.wasm: a template, Wasm component",
+        "gamma = 2.0: a number, at least 0.0; how much less; 0 is cross-entropy",
+        "Config is well-formed!",
+        "3 steps of a tiny model",
+    ] {
+        assert!(ended.stdout.contains(said), "no `{said}` in\n{}", ended.stdout);
+    }
+    for guest in ["one_line", "one_line_rust", "unsure", "small_scores"] {
+        let checkpoint = folder.join(guest).join("out/epoch_1/adapter/adapter_model.safetensors");
+        assert!(checkpoint.is_file(), "{guest} trained nothing");
+    }
 }
