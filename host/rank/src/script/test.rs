@@ -219,8 +219,13 @@ fn as_json(outcome: Outcome) -> Map<String, Value> {
         }
         object
     };
+    let list = |messages: Vec<Message>| -> Value { messages.into_iter().map(message).collect() };
     let (name, value) = match outcome {
-        Outcome::Keep(messages) => (MESSAGES, messages.into_iter().map(message).collect()),
+        Outcome::Keep(messages) => (MESSAGES, list(messages)),
+        Outcome::Pair([chosen, rejected]) => {
+            let sides = [("chosen", list(chosen)), ("rejected", list(rejected))];
+            return sides.map(|(name, value)| (name.to_owned(), value)).into_iter().collect();
+        }
         Outcome::Skip(reason) => ("skip", Value::from(reason)),
         Outcome::Fail(reason) => ("fail", Value::from(reason)),
     };

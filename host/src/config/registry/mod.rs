@@ -308,7 +308,7 @@ pub const RECIPES: &[Recipe] = &[
             "llama3_1/8B_lora_dpo",
             "llama3_1/8B_lora_dpo_single_device",
         ],
-        doc: "makes better answers likelier than worse ones (DPO), by adapters",
+        doc: None,
     },
     Recipe {
         name: "knowledge_distillation_distributed",
@@ -321,7 +321,7 @@ pub const RECIPES: &[Recipe] = &[
             "qwen2/1.5_to_0.5B_KD_lora_single_device",
             "qwen3/14B_to_8B_KD_lora_single_device",
         ],
-        doc: "teaches a model what a larger one says, by adapters",
+        doc: None,
     },
     Recipe {
         name: "generate",
