@@ -89,6 +89,11 @@ fn damaged() {
 fn too_large() {
     let error = file_error("r.rhai", " ".repeat(2 << 20).as_bytes());
     assert!(error.contains("it has 2097152 bytes, and a guest may have 1048576"), "{error}");
+    insta::assert_snapshot!(file_error("r.wasm", &vec![0; (10 << 20) + 1]), @"
+    error: cannot read the recipe `[DIR]/r.wasm`
+    cause: it has 10485761 bytes, and a guest may have 10485760
+    hint: `limits.guest_mb=11` in the config lets it in, `--guest-mb 11` at `host check`
+    ");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::config::plan::{CheckPlan, CheckStyle, Plan};
+use crate::config::plan::{CheckPlan, CheckStyle, GuestLimits, Plan};
 use crate::error::Result;
 use crate::launch::{self, LaunchOptions};
 
@@ -22,6 +22,10 @@ pub struct Args {
     /// A .wasm or .rhai file
     file: PathBuf,
 
+    /// How large a component may be, as a config's `limits.guest_mb` says it
+    #[arg(long, value_name = "MIB", default_value_t = GuestLimits::default().guest_mb)]
+    guest_mb: usize,
+
     /// Print what is found as JSON
     #[arg(long)]
     json: bool,
@@ -29,6 +33,6 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let style = if args.json { CheckStyle::Json } else { CheckStyle::Verdict };
-    let plan = CheckPlan { path: args.file.clone(), style };
+    let plan = CheckPlan { path: args.file.clone(), guest_mb: args.guest_mb, style };
     launch::run(&Plan::Check(plan), 1, &LaunchOptions::default())
 }

@@ -35,6 +35,8 @@ impl Plan {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CheckPlan {
     pub path: PathBuf,
+    /// MiB of a component's file, as [`GuestLimits::guest_mb`].
+    pub guest_mb: usize,
     pub style: CheckStyle,
 }
 
@@ -513,6 +515,8 @@ impl std::fmt::Display for Dtype {
 /// What a guest may use; the same policy for Wasm and Rhai.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GuestLimits {
+    /// MiB of a component's file.
+    pub guest_mb: usize,
     pub memory_mb: usize,
     pub tensors_mb: usize,
     pub handles: usize,
@@ -524,6 +528,13 @@ pub struct GuestLimits {
 
 impl Default for GuestLimits {
     fn default() -> Self {
-        Self { memory_mb: 256, tensors_mb: 32 << 10, handles: 20_000, operations: 10_000_000_000, seconds: 30.0 }
+        Self {
+            guest_mb: 10,
+            memory_mb: 256,
+            tensors_mb: 32 << 10,
+            handles: 20_000,
+            operations: 10_000_000_000,
+            seconds: 30.0,
+        }
     }
 }

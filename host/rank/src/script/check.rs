@@ -20,7 +20,7 @@ use super::wasm;
 
 /// Prints what a guest is, or says what is wrong with it.
 pub fn check(plan: &CheckPlan) -> Result<()> {
-    let found = Found::of(&plan.path)?;
+    let found = Found::of(&plan.path, plan.guest_mb)?;
     host::cli::ui::out(&match plan.style {
         CheckStyle::Verdict => found.verdict(),
         CheckStyle::Details => found.details(),
@@ -43,9 +43,9 @@ struct Found {
 }
 
 impl Found {
-    fn of(path: &Path) -> Result<Self> {
+    fn of(path: &Path, guest_mb: usize) -> Result<Self> {
         // Told apart first; what is of no world is read as a recipe, whose errors say so.
-        let bytes = guest::bytes_of(path, "guest")?;
+        let bytes = guest::bytes_of(path, "guest", guest_mb)?;
         let world = world_of(&bytes).unwrap_or(World::Recipe);
         let (size, sha256) = (bytes.len(), format!("{:x}", Sha256::digest(&bytes)));
         let metadata = host::guest::metadata_of(path, &bytes);

@@ -13,8 +13,6 @@ use wasmparser::{ComponentTypeRef, Encoding, Parser, Payload};
 /// The SDK this host offers.
 pub const SDK_VERSION: &str = "0.0.3";
 
-/// The largest component; compiling is not bounded otherwise.
-const MAX_COMPONENT_BYTES: u64 = 10 << 20;
 const MAX_SCRIPT_BYTES: u64 = 1 << 20;
 
 /// What a Rust guest's standard library imports without being asked. All of it is linked to nothing: no arguments, an
@@ -76,13 +74,13 @@ pub enum Guest {
     Script(String),
 }
 
-/// Reads a guest file and says what it is, by content.
-pub fn read(path: &Path, world: World) -> Result<Guest> {
-    of_bytes(path, bytes_of(path, world.noun())?, world)
+/// Reads a guest file of at most `guest_mb` and says what it is, by content.
+pub fn read(path: &Path, world: World, guest_mb: usize) -> Result<Guest> {
+    of_bytes(path, bytes_of(path, world.noun(), guest_mb)?, world)
 }
 
 /// The bytes of a file that may be a guest.
-pub fn bytes_of(path: &Path, noun: &str) -> Result<Vec<u8>> {
+pub fn bytes_of(path: &Path, noun: &str, guest_mb: usize) -> Result<Vec<u8>> {
     let cannot = |cause: String| Error::config(format!("cannot read the {noun} `{}`", path.display())).cause(cause);
     let metadata = std::fs::metadata(path).map_err(|error| {
         let hint = match error.kind() {
@@ -96,8 +94,12 @@ pub fn bytes_of(path: &Path, noun: &str) -> Result<Vec<u8>> {
     if !metadata.is_file() {
         return Err(cannot("it is not a file".into()));
     }
-    if metadata.len() > MAX_COMPONENT_BYTES {
-        return Err(too_large(path, noun, metadata.len(), MAX_COMPONENT_BYTES));
+    // Before a byte is read: what is larger is not compiled, which is not bounded otherwise.
+    if metadata.len() > (guest_mb as u64) << 20 {
+        let needed = metadata.len().div_ceil(1 << 20);
+        return Err(too_large(path, noun, metadata.len(), (guest_mb as u64) << 20).hint(format!(
+            "`limits.guest_mb={needed}` in the config lets it in, `--guest-mb {needed}` at `host check`"
+        )));
     }
     std::fs::read(path).map_err(|error| cannot(error.to_string()))
 }

@@ -48,7 +48,7 @@ pub struct LossGuest {
 
 impl LossGuest {
     pub fn load(guest: &GuestRef, limits: &GuestLimits) -> Result<Self> {
-        let content = guest::read(&guest.path, World::Loss)?;
+        let content = guest::read(&guest.path, World::Loss, limits.guest_mb)?;
         let digest = digest(match &content {
             Guest::Component(bytes) => bytes,
             Guest::Script(text) => text.as_bytes(),

@@ -72,7 +72,7 @@ enum Front {
 impl Recipe {
     /// Finds every mistake that can be found without running it.
     pub fn load(guest: &GuestRef, limits: &GuestLimits) -> Result<Self> {
-        let content = guest::read(&guest.path, World::Recipe)?;
+        let content = guest::read(&guest.path, World::Recipe, limits.guest_mb)?;
         let digest = match &content {
             Guest::Component(bytes) => blake3::hash(bytes),
             Guest::Script(text) => blake3::hash(text.as_bytes()),

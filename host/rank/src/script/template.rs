@@ -45,7 +45,7 @@ pub fn open_template(guest: &GuestRef, limits: &GuestLimits) -> Result<SharedTem
             .hint(format!("remove `{key}`")));
     }
     let (path, limits) = (path.clone(), limits.clone());
-    Ok(match guest::read(&path, World::Template)? {
+    Ok(match guest::read(&path, World::Template, limits.guest_mb)? {
         Guest::Component(bytes) => {
             let pre = load_component(&path, &bytes)?;
             Arc::new(ComponentTemplate { digest: digest(&bytes), blame: Blame::template(&path), limits, pre })

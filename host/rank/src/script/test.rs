@@ -29,7 +29,7 @@ const TOLERANCE: f64 = 1e-5;
 /// Tests a guest and prints what came of it.
 pub fn test(plan: &TestPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
     let path = &plan.guest;
-    let bytes = guest::bytes_of(path, "guest")?;
+    let bytes = guest::bytes_of(path, "guest", limits().guest_mb)?;
     let world = world_of(&bytes).unwrap_or(World::Recipe);
     let is_script = !bytes.starts_with(b"\0asm");
     let metadata = host::guest::metadata_of(path, &bytes)?;
@@ -64,7 +64,7 @@ pub fn test(plan: &TestPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
 
 /// The limits that count for a guest: the most it used, what it may use, and in what.
 fn uses(world: World, is_script: bool) -> Vec<(&'static str, f64, f64, &'static str)> {
-    let limits = GuestLimits::default();
+    let limits = limits();
     let peak = |used: &std::sync::atomic::AtomicU64| used.load(Relaxed) as f64;
     let mib = |used: &std::sync::atomic::AtomicU64| (peak(used) / f64::from(1 << 20) * 10.0).ceil() / 10.0;
     let mut uses = vec![];
@@ -81,6 +81,11 @@ fn uses(world: World, is_script: bool) -> Vec<(&'static str, f64, f64, &'static 
 }
 
 // ---- Rows
+
+/// A config's own, but for the size of the file: a guest may bring its language along.
+fn limits() -> GuestLimits {
+    GuestLimits { guest_mb: 256, ..GuestLimits::default() }
+}
 
 /// A line of the author's file.
 struct Line {
@@ -157,7 +162,7 @@ fn test_template(plan: &TestPlan) -> Result<Vec<String>> {
         offered.push(MESSAGES.to_owned());
     }
     let guest = GuestRef { path: plan.guest.clone(), settings: json!({}) };
-    let mut template = open_template(&guest, &GuestLimits::default())?.open()?;
+    let mut template = open_template(&guest, &limits())?.open()?;
     let columns = template.configure(&offered)?;
     if let Some(unknown) = columns.iter().find(|column| !offered.contains(column)) {
         let what = format!("the template `{}` wants a column `{unknown}`, which no row has", plan.guest.display());
@@ -263,7 +268,7 @@ fn test_loss(plan: &TestPlan, metadata: &Metadata) -> Result<Vec<String>> {
         let (logits, labels) = scores(path, line)?;
         let settings = settings(path, line, metadata)?;
         let guest = GuestRef { path: plan.guest.clone(), settings };
-        let mut loss = open_loss(&guest, &GuestLimits::default())?;
+        let mut loss = open_loss(&guest, &limits())?;
         let at = |error: Error| error.at(path, Some(line.number), None);
         let mut compute = |from: i64, length: i64| {
             one(loss.as_mut(), &logits.narrow(0, from, length), &labels.narrow(0, from, length)).map_err(at)

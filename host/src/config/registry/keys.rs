@@ -21,6 +21,7 @@ const CACHE_DIR: Key =
 
 /// What a guest may use.
 pub const LIMITS: &[Key] = &[
+    key("guest_mb", POSITIVE, "10", "Size of a component's file, in MiB; compiling it is not bounded otherwise."),
     key("memory_mb", POSITIVE, "256", "Memory of the guest, in MiB."),
     key("tensors_mb", POSITIVE, "32768", "Tensors that the guest holds or its gradients may still need, in MiB."),
     key("handles", POSITIVE, "20000", "Tensors and other handles alive at once."),

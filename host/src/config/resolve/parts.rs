@@ -363,6 +363,7 @@ pub fn dtype(root: &Section<'_>) -> Found<Dtype> {
 pub fn limits(root: &Section<'_>) -> Found<GuestLimits> {
     let section = root.section("limits", LIMITS)?;
     Ok(GuestLimits {
+        guest_mb: section.get("guest_mb")?,
         memory_mb: section.get("memory_mb")?,
         tensors_mb: section.get("tensors_mb")?,
         handles: section.get("handles")?,
