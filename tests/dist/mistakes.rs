@@ -357,6 +357,7 @@ fn recipes_that_fail() {
     error: recipe `guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:LINE
     cause: the guest stopped itself (`unreachable`)
+    hint: an exception that a JavaScript or Python guest does not catch ends so: catch it, and give back a failure
     ");
     // 100 GiB, piece by piece.
     assert_snapshot!(fails(&case, "guests/hostile.wasm", &["recipe.hostile=asks_for_memory", "--nproc", "2"]), @"

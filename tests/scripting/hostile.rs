@@ -46,6 +46,7 @@ reports! {
     error: recipe `target/guests/hostile.wasm` failed at step 1
       --> tests/scripting/guests/hostile/src/lib.rs:29
     cause: the guest stopped itself (`unreachable`)
+    hint: an exception that a JavaScript or Python guest does not catch ends so: catch it, and give back a failure
     "#;
     recurses: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1

@@ -344,6 +344,13 @@ pub fn explain(blame: &Blame, guest: &mut GuestData, trap: &wasmtime::Error) -> 
         let said = guest.host.log.tail();
         let silent = said.is_empty();
         error.causes.extend(said.into_iter().filter(|line| !line.starts_with("note: run with `RUST_BACKTRACE")));
+        let stopped_itself = matches!(trap.downcast_ref(), Some(Trap::UnreachableCodeReached));
+        if stopped_itself && silent && guest.memory.refused.is_none() {
+            error = error.hint(
+                "an exception that a JavaScript or Python guest does not catch ends so: catch it, and give back a \
+                 failure",
+            );
+        }
         error.causes.extend(match (trap.downcast_ref::<I32Exit>(), trap.downcast_ref::<Trap>()) {
             (Some(I32Exit(code)), _) => Some(format!("the guest called `exit({code})`")),
             // How a panic ends; its text says more.
