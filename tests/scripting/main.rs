@@ -5,6 +5,7 @@
 mod costs;
 mod files;
 mod hostile;
+mod languages;
 mod losses;
 mod operations;
 mod recipes;
