@@ -366,6 +366,7 @@ fn recipes_that_fail() {
       --> tests/scripting/guests/hostile/src/lib.rs:LINE
     cause: the guest asked for 1026 MiB of memory, and its limit is 256 MiB
     cause: memory allocation of 1073741824 bytes failed
+    hint: `limits.memory_mb` raises the limit
     ");
     // Too little memory even to start: Wasm traps.
     assert_snapshot!(fails(&case, WASM, &["limits.memory_mb=1"]), @"
@@ -373,6 +374,7 @@ fn recipes_that_fail() {
     error: recipe `recipes/lora_distributed.wasm` failed before the first step
     cause: the guest asked for 2 MiB of memory, and its limit is 1 MiB
     cause: memory minimum size of 17 pages exceeds memory limits
+    hint: `limits.memory_mb` raises the limit
     ");
     case.write("early.rhai", "let run = host::open();\nfor step in run.steps() { return; }\n");
     assert_snapshot!(fails(&case, "early.rhai", &["--nproc", "2"]), @"

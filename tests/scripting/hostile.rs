@@ -35,6 +35,7 @@ reports! {
       --> tests/scripting/guests/hostile/src/lib.rs:22
     cause: the guest asked for 1026 MiB of memory, and its limit is 64 MiB
     cause: memory allocation of 1073741824 bytes failed
+    hint: `limits.memory_mb` raises the limit
     "#;
     panics: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1

@@ -4,9 +4,11 @@
 
 mod costs;
 mod files;
+mod handmade;
 mod hostile;
 mod languages;
 mod losses;
+mod memory;
 mod operations;
 mod recipes;
 mod rhai_limits;

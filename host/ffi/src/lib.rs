@@ -1,7 +1,7 @@
 //! The C++ shim over libtorch, and every `unsafe` block of `host`.
 //!
 //! Owns the calls that `tch` lacks: fused autograd functions, gradients into a flat buffer, the fused optimizer, c10d,
-//! loading the accelerator half of libtorch, memory maps. Everything public is safe: shapes and dtypes are checked on
+//! loading the accelerator half of libtorch, memory maps; and the process's allocator, which counts. Everything public is safe: shapes and dtypes are checked on
 //! the C++ side, exceptions come back as [`FfiError`], and handles free themselves. It knows nothing of models, configs
 //! or data. The decision to question: kernels for the CPU are written here and vectorised per x86-64 level at start-up,
 //! while every other device runs the same formula as ordinary operators.
@@ -10,6 +10,7 @@
 //! `L` label positions, `V` vocabulary, `r` LoRA rank.
 #![deny(missing_docs)]
 
+pub mod alloc;
 pub mod autograd;
 pub mod backend;
 pub mod dist;

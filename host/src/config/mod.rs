@@ -6,6 +6,7 @@
 
 mod guests;
 mod interpolate;
+pub mod limits;
 pub mod metadata;
 mod overrides;
 pub mod plan;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::limits::GuestLimits;
 use crate::data::template::Role;
 
 /// What one `host run` does, or another verb that needs a worker.
@@ -509,32 +510,5 @@ impl std::fmt::Display for Dtype {
             Self::Bf16 => "bf16",
             Self::Fp32 => "fp32",
         })
-    }
-}
-
-/// What a guest may use; the same policy for Wasm and Rhai.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct GuestLimits {
-    /// MiB of a component's file.
-    pub guest_mb: usize,
-    pub memory_mb: usize,
-    pub tensors_mb: usize,
-    pub handles: usize,
-    /// Steps of a Rhai script between two turns of its loop; a component has its time alone.
-    pub operations: u64,
-    /// Seconds a guest may compute between two turns of its loop; time in host calls does not count.
-    pub seconds: f64,
-}
-
-impl Default for GuestLimits {
-    fn default() -> Self {
-        Self {
-            guest_mb: 10,
-            memory_mb: 256,
-            tensors_mb: 32 << 10,
-            handles: 20_000,
-            operations: 10_000_000_000,
-            seconds: 30.0,
-        }
     }
 }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+use crate::config::limits::SCRIPT_STACK;
 use crate::config::plan::{DatasetPlan, OnBadRow, RowsPlan, TokenizerPlan};
 use crate::data::cache::{self, Cache};
 use crate::data::encode::{Encoded, Encoder};
@@ -212,12 +213,12 @@ fn tokenize(
     let stop = AtomicBool::new(false);
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
     let num_threads = total.div_ceil(BATCH_ROWS as u64).min(cores);
-    let (sender, receiver) = mpsc::channel();
+    let (failed, receiver) = mpsc::channel();
 
     std::thread::scope(|scope| {
         for _ in 0..num_threads {
-            let (sender, feed, stop) = (sender.clone(), &feed, &stop);
-            scope.spawn(move || {
+            let (sender, feed, stop) = (failed.clone(), &feed, &stop);
+            let work = move || {
                 let mut worker = match Worker::open(plan, encoder, templates) {
                     Ok(worker) => worker,
                     Err(error) => return sender.send(Err(error)).unwrap_or_default(),
@@ -239,9 +240,14 @@ fn tokenize(
                         return;
                     }
                 }
-            });
+            };
+            // Templates run on it.
+            if let Err(error) = std::thread::Builder::new().stack_size(SCRIPT_STACK).spawn_scoped(scope, work) {
+                let error = Error::run("cannot start a thread for the data").cause(error);
+                failed.send(Err(error)).unwrap_or_default();
+            }
         }
-        drop(sender);
+        drop(failed);
         let result = collect(receiver, total, progress);
         stop.store(true, Ordering::Relaxed);
         result

@@ -3,6 +3,7 @@
 //! It gathers facts first and judges them in one pure function, [`examine`]. Nothing it finds broken may break it: the
 //! worker, the only part that loads libtorch, is asked in a process of its own and with a time limit.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize, Serializer};
 
+use crate::config::limits;
 use crate::error::{Error, IoContext, Result};
 use crate::libtorch::{BackEnd, Libtorch};
 use crate::machine::{Cpu, DriverNode, Gpu, Memory, Vendor};
@@ -27,7 +29,10 @@ pub fn run(json: bool) -> Result<()> {
     let findings = examine(&facts);
     let needed = findings.iter().filter(|finding| finding.severity == Severity::Error).count();
     let text = if json {
-        let diagnosis = serde_json::json!({ "usable": needed == 0, "facts": facts, "findings": findings });
+        let (keys, fixed) = limits::told();
+        let limits = serde_json::json!({ "keys": keys.into_iter().collect::<BTreeMap<_, _>>(), "fixed": fixed });
+        let diagnosis =
+            serde_json::json!({ "usable": needed == 0, "facts": facts, "limits": limits, "findings": findings });
         serde_json::to_string_pretty(&diagnosis)
             .map_err(|error| Error::bug("the diagnosis is not JSON").cause(error))?
     } else {
@@ -328,6 +333,11 @@ impl fmt::Display for Facts {
                 }
             }
             Err(_) => writeln!(f, "host-rank  not found")?,
+        }
+        let (keys, fixed) = limits::told();
+        let keys: Vec<String> = keys.iter().map(|(name, value)| format!("limits.{name}={value}")).collect();
+        for (index, line) in keys.chunks(4).map(|keys| keys.join(" ")).chain(fixed).enumerate() {
+            writeln!(f, "{:<10} {line}", if index == 0 { "limits" } else { "" })?;
         }
         match &self.libtorch {
             Ok(Libtorch { lib_dir, version, source, back_ends }) => {

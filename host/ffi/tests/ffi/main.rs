@@ -1,5 +1,6 @@
 //! One binary, because each links libtorch.
 
+mod alloc;
 mod attention;
 mod autograd;
 mod backend;

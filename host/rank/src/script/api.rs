@@ -12,11 +12,12 @@ use std::time::Instant;
 
 use host::config::plan::GuestLimits;
 use host::worker::StopFlag;
+use host_ffi::alloc::held_by_thread;
 use wasmtime::component::Resource;
 
 use super::guest::Blame;
 use super::handles::Slab;
-use super::limits::{Clock, PEAKS, Peaks};
+use super::limits::{Clock, PEAKS, Peaks, ScriptMemory};
 use super::log::SharedLog;
 use super::tensors::TensorSlot;
 use super::training::{BatchInfo, Training};
@@ -121,6 +122,8 @@ struct Turn {
 /// One guest's side of the host: its handles, its run, its log and its clock.
 pub struct HostState {
     pub clock: Clock,
+    /// Of a script alone.
+    pub memory: ScriptMemory,
     pub log: SharedLog,
     pub(super) tensors: Slab<TensorSlot>,
     batches: Slab<Batch>,
@@ -149,7 +152,8 @@ impl HostState {
     pub fn new(name: &str, limits: &GuestLimits, stop: StopFlag, training: Option<Box<dyn Training>>) -> Self {
         Self {
             clock: Clock::new(limits.seconds, stop),
-            log: SharedLog::new(name),
+            memory: ScriptMemory::new(limits),
+            log: SharedLog::new(name, limits.log_lines),
             tensors: Slab::default(),
             batches: Slab::default(),
             models: Slab::default(),
@@ -211,6 +215,7 @@ impl HostState {
         self.turn =
             Some(Turn { number: self.turns, batch: None, waiting: None, all_taken: true, weighs_nothing: false });
         self.clock.restart();
+        self.memory.restart();
     }
 
     pub(super) fn end_call(&mut self) {
@@ -282,8 +287,9 @@ impl HostState {
 
     /// Runs `work` of the training run, off the guest's clock.
     fn in_training<T>(&mut self, work: impl FnOnce(&mut dyn Training) -> host::Result<T>) -> HostResult<T> {
-        let entered = Instant::now();
+        let (entered, held) = (Instant::now(), held_by_thread());
         let result = work(self.training()?);
+        self.memory.leave_host(held);
         self.clock.leave_host(entered);
         Ok(result?)
     }

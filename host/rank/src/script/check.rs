@@ -44,14 +44,15 @@ struct Found {
 
 impl Found {
     fn of(path: &Path, guest_mb: usize) -> Result<Self> {
+        let limits = GuestLimits { guest_mb, ..GuestLimits::default() };
         // Told apart first; what is of no world is read as a recipe, whose errors say so.
-        let bytes = guest::bytes_of(path, "guest", guest_mb)?;
+        let bytes = guest::bytes_of(path, "guest", &limits)?;
         let world = world_of(&bytes).unwrap_or(World::Recipe);
         let (size, sha256) = (bytes.len(), format!("{:x}", Sha256::digest(&bytes)));
         let metadata = host::guest::metadata_of(path, &bytes);
         let (form, capabilities, functions) = match guest::of_bytes(path, bytes, world)? {
             Guest::Component(bytes) => {
-                wasm::compile(path, &bytes)?;
+                wasm::compile(path, &bytes, &limits)?;
                 ("Wasm component", guest::imports_of(&bytes), vec![])
             }
             Guest::Script(text) => {

@@ -6,14 +6,13 @@
 use std::path::{Path, PathBuf};
 
 use super::api::types;
+use host::config::limits::{COMPONENT_DEPTH, GuestLimits, SCRIPT_BYTES};
 use host::error::quoted;
 use host::{Error, Result};
 use wasmparser::{ComponentTypeRef, Encoding, Parser, Payload};
 
 /// The SDK this host offers.
 pub const SDK_VERSION: &str = "0.0.3";
-
-const MAX_SCRIPT_BYTES: u64 = 1 << 20;
 
 /// What a Rust guest's standard library imports without being asked. All of it is linked to nothing: no arguments, an
 /// empty environment, a closed input, outputs that end in the log, a fixed seed.
@@ -74,13 +73,13 @@ pub enum Guest {
     Script(String),
 }
 
-/// Reads a guest file of at most `guest_mb` and says what it is, by content.
-pub fn read(path: &Path, world: World, guest_mb: usize) -> Result<Guest> {
-    of_bytes(path, bytes_of(path, world.noun(), guest_mb)?, world)
+/// Reads a guest file and says what it is, by content.
+pub fn read(path: &Path, world: World, limits: &GuestLimits) -> Result<Guest> {
+    of_bytes(path, bytes_of(path, world.noun(), limits)?, world)
 }
 
 /// The bytes of a file that may be a guest.
-pub fn bytes_of(path: &Path, noun: &str, guest_mb: usize) -> Result<Vec<u8>> {
+pub fn bytes_of(path: &Path, noun: &str, limits: &GuestLimits) -> Result<Vec<u8>> {
     let cannot = |cause: String| Error::config(format!("cannot read the {noun} `{}`", path.display())).cause(cause);
     let metadata = std::fs::metadata(path).map_err(|error| {
         let hint = match error.kind() {
@@ -94,10 +93,10 @@ pub fn bytes_of(path: &Path, noun: &str, guest_mb: usize) -> Result<Vec<u8>> {
     if !metadata.is_file() {
         return Err(cannot("it is not a file".into()));
     }
-    // Before a byte is read: what is larger is not compiled, which is not bounded otherwise.
-    if metadata.len() > (guest_mb as u64) << 20 {
+    let most = (limits.guest_mb as u64) << 20;
+    if metadata.len() > most {
         let needed = metadata.len().div_ceil(1 << 20);
-        return Err(too_large(path, noun, metadata.len(), (guest_mb as u64) << 20).hint(format!(
+        return Err(too_large(path, noun, metadata.len(), most).hint(format!(
             "`limits.guest_mb={needed}` in the config lets it in, `--guest-mb {needed}` at `host check`"
         )));
     }
@@ -116,11 +115,14 @@ pub fn of_bytes(path: &Path, bytes: Vec<u8>, world: World) -> Result<Guest> {
         check_component(path, &bytes, world)?;
         return Ok(Guest::Component(bytes));
     }
+    if bytes.is_empty() {
+        return Err(Error::config(format!("the {noun} `{}` is empty", path.display())));
+    }
     let named_wasm = path.extension().is_some_and(|extension| extension == "wasm");
     match String::from_utf8(bytes) {
         Ok(text) if !named_wasm && !text.contains('\0') => {
-            if text.len() as u64 > MAX_SCRIPT_BYTES {
-                return Err(too_large(path, noun, text.len() as u64, MAX_SCRIPT_BYTES));
+            if text.len() > SCRIPT_BYTES {
+                return Err(too_large(path, noun, text.len() as u64, SCRIPT_BYTES as u64));
             }
             Ok(Guest::Script(text))
         }
@@ -142,15 +144,20 @@ pub fn of_bytes(path: &Path, bytes: Vec<u8>, world: World) -> Result<Guest> {
 struct Surface {
     imports: Vec<String>,
     exports: Vec<String>,
+    /// How many components and modules are in each other.
+    depth: usize,
 }
 
 fn surface(bytes: &[u8]) -> std::result::Result<Surface, wasmparser::BinaryReaderError> {
     let mut surface = Surface::default();
-    let mut depth = 0;
+    let mut depth = 0_usize;
     for payload in Parser::new(0).parse_all(bytes) {
         match payload? {
-            Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => depth += 1,
-            Payload::End(_) => depth -= 1,
+            Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => {
+                depth += 1;
+                surface.depth = surface.depth.max(depth);
+            }
+            Payload::End(_) => depth = depth.saturating_sub(1),
             Payload::ComponentImportSection(section) if depth == 0 => {
                 for import in section {
                     let import = import?;
@@ -185,6 +192,11 @@ fn check_component(path: &Path, bytes: &[u8], world: World) -> Result<()> {
         _ => return Err(broken("it does not start with a component's header".into())),
     }
     let surface = surface(bytes).map_err(|error| broken(format!("it is cut short or damaged: {error}")))?;
+    if surface.depth > COMPONENT_DEPTH {
+        let depth = surface.depth;
+        return Err(Error::config(format!("the {noun} `{shown}` is too deep to be compiled"))
+            .cause(format!("{depth} components are in each other, and {COMPONENT_DEPTH} may be")));
+    }
     check_versions(path, &surface, world)?;
     check_world(path, &surface, world)?;
     check_imports(path, &surface, world)

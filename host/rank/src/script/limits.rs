@@ -1,4 +1,4 @@
-//! Guest time and stopping: one policy for Wasm and Rhai.
+//! Guest time and stopping, one policy for Wasm and Rhai; and the memory of a script, which Rhai does not count.
 //!
 //! Only time in the guest counts. The clock starts anew at each turn of the recipe's loop (a step begun, a micro-batch
 //! handed out, a step finished): those are bounded by the run itself, whereas a budget restarted by any host call would
@@ -7,7 +7,9 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use host::config::limits::GuestLimits;
 use host::worker::StopFlag;
+use host_ffi::alloc::held_by_thread;
 
 use super::api::{Failure, types};
 
@@ -119,6 +121,43 @@ impl Clock {
             code: types::Code::Limit,
             message: format!("the guest computed for more than {seconds} s without a turn of its loop"),
             hint: Some("look for a loop that does not end; work on many numbers belongs into tensor operations".into()),
+        }))
+    }
+}
+
+/// What a script holds, by what its thread has allocated since it began; a component has its memory alone.
+pub struct ScriptMemory {
+    begun: isize,
+    most: usize,
+    limit_mb: usize,
+}
+
+impl ScriptMemory {
+    pub fn new(limits: &GuestLimits) -> Self {
+        Self { begun: held_by_thread(), most: limits.script_bytes(), limit_mb: limits.memory_mb }
+    }
+
+    /// Begins a call that keeps nothing of the calls before.
+    pub fn restart(&mut self) {
+        self.begun = held_by_thread();
+    }
+
+    /// Takes what the host has kept since its thread held `entered` off the script's bill.
+    pub fn leave_host(&mut self, entered: isize) {
+        self.begun += held_by_thread() - entered;
+    }
+
+    /// Called between a script's operations.
+    pub fn check(&self) -> Result<(), Failure> {
+        let held = held_by_thread() - self.begun;
+        if held <= self.most as isize {
+            return Ok(());
+        }
+        let (held, most, limit) = (held as usize >> 20, self.most >> 20, self.limit_mb);
+        Err(Failure::Guest(types::Error {
+            code: types::Code::Limit,
+            message: format!("the script holds {held} MiB, and may hold {most} MiB, half of its memory of {limit} MiB"),
+            hint: Some("let go of what is no longer needed; `limits.memory_mb` raises the limit".into()),
         }))
     }
 }

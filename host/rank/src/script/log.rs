@@ -3,10 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The longest line, in bytes.
-pub const MAX_LINE: usize = 1024;
-/// How many lines one guest may write; a loop that logs must not fill the disk.
-const MAX_LINES: usize = 10_000;
+use host::config::limits::LOG_LINE as MAX_LINE;
+
 /// How much of the end of the guest's output is kept for its failure report.
 const TAIL: usize = 8 * 1024;
 
@@ -34,22 +32,28 @@ pub fn clean_line(message: &str) -> String {
 #[derive(Default)]
 pub struct GuestLog {
     name: String,
+    /// How many lines it may write: a loop that logs must not fill the disk.
+    max_lines: usize,
     lines: usize,
     partial: Vec<u8>,
     tail: VecDeque<u8>,
 }
 
 impl GuestLog {
-    pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), ..Self::default() }
+    pub fn new(name: impl Into<String>, max_lines: usize) -> Self {
+        Self { name: name.into(), max_lines, ..Self::default() }
     }
 
     pub fn line(&mut self, message: &str) {
         self.lines += 1;
-        if self.lines <= MAX_LINES {
+        if self.lines <= self.max_lines {
             tracing::info!(target: "guest", guest = %self.name, "{}", clean_line(message));
-        } else if self.lines == MAX_LINES + 1 {
-            tracing::warn!(target: "guest", guest = %self.name, "{MAX_LINES} lines were logged; the rest is dropped");
+        } else if self.lines == self.max_lines + 1 {
+            let most = self.max_lines;
+            tracing::warn!(
+                target: "guest", guest = %self.name,
+                "{most} lines were logged; the rest is dropped (`limits.log_lines`)"
+            );
         }
     }
 
@@ -83,8 +87,8 @@ impl GuestLog {
 pub struct SharedLog(Arc<Mutex<GuestLog>>);
 
 impl SharedLog {
-    pub fn new(name: &str) -> Self {
-        Self(Arc::new(Mutex::new(GuestLog::new(name))))
+    pub fn new(name: &str, max_lines: usize) -> Self {
+        Self(Arc::new(Mutex::new(GuestLog::new(name, max_lines))))
     }
 
     pub fn line(&self, message: &str) {
@@ -121,7 +125,7 @@ mod tests {
 
     #[test]
     fn the_tail_is_the_end() {
-        let mut log = GuestLog::new("g");
+        let mut log = GuestLog::new("g", 10);
         for i in 0..5000 {
             log.write(format!("line {i}\n").as_bytes());
         }

@@ -48,7 +48,7 @@ pub struct LossGuest {
 
 impl LossGuest {
     pub fn load(guest: &GuestRef, limits: &GuestLimits) -> Result<Self> {
-        let content = guest::read(&guest.path, World::Loss, limits.guest_mb)?;
+        let content = guest::read(&guest.path, World::Loss, limits)?;
         let digest = digest(match &content {
             Guest::Component(bytes) => bytes,
             Guest::Script(text) => text.as_bytes(),
@@ -126,7 +126,7 @@ struct ComponentLoss {
 impl ComponentLoss {
     fn open(bytes: &[u8], state: HostState, guest: &LossGuest) -> Result<Box<dyn Loss>> {
         let path = &guest.blame.path;
-        let component = wasm::compile(path, bytes)?;
+        let component = wasm::compile(path, bytes, &guest.limits)?;
         let mut linker = Linker::new(wasm::engine()?);
         wasm::link_inert_wasi(&mut linker)
             .and_then(|()| wit::Loss::add_to_linker::<_, HasSelf<HostState>>(&mut linker, |guest| &mut guest.host))

@@ -27,7 +27,8 @@ pub mod training;
 pub mod wasm;
 
 use host::Result;
-use host::config::plan::{GuestLimits, GuestRef};
+use host::config::limits::{GuestLimits, SCRIPT_STACK};
+use host::config::plan::GuestRef;
 use host::worker::StopFlag;
 
 use guest::{Blame, Guest, World};
@@ -39,9 +40,6 @@ pub use loss::open_loss;
 pub use template::open_template;
 pub use test::test;
 pub use training::{BatchInfo, Training};
-
-/// The stack of the thread a recipe runs on.
-const SCRIPT_STACK: usize = 64 << 20;
 
 /// Runs `work` on a thread whose stack is large enough for a guest, libtorch and collectives on top of each other.
 pub fn on_big_stack<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R> {
@@ -72,13 +70,13 @@ enum Front {
 impl Recipe {
     /// Finds every mistake that can be found without running it.
     pub fn load(guest: &GuestRef, limits: &GuestLimits) -> Result<Self> {
-        let content = guest::read(&guest.path, World::Recipe, limits.guest_mb)?;
+        let content = guest::read(&guest.path, World::Recipe, limits)?;
         let digest = match &content {
             Guest::Component(bytes) => blake3::hash(bytes),
             Guest::Script(text) => blake3::hash(text.as_bytes()),
         };
         let front = match content {
-            Guest::Component(bytes) => Front::Wasm(wasm::Recipe::load(&guest.path, &bytes)?),
+            Guest::Component(bytes) => Front::Wasm(wasm::Recipe::load(&guest.path, &bytes, limits)?),
             Guest::Script(text) => {
                 rhai::check_recipe(&guest.path, &text, limits)?;
                 Front::Rhai(text)

@@ -3,16 +3,20 @@
 //! Nothing here decides what a call does: a binding converts its arguments and calls the same trait method a Wasm guest
 //! reaches. The host state sits in a cell that is never borrowed while script code runs, since no host call calls back.
 //!
-//! Rhai bounds each value, not their sum, and a map filled by index only by the operations that fill it. The limits below
-//! multiply to what a machine survives, but a script from a stranger belongs into a process with a memory limit; Wasm is the
-//! form for those.
+//! Rhai bounds each value where it is made, not their sum; the sum is counted by the allocator and looked at between
+//! operations. What one operation makes at most is bounded by the sizes of its values. Functions keep no values, as a chain
+//! of them would have no limit. A script gets the packages named below and nothing else of Rhai's: no clock, no `sleep`, which
+//! nothing could end. All the same an engine in our own process is no wall: Wasm is the form for strangers' code.
 
 use std::cell::{Cell, RefCell};
+use std::fmt::Display;
 use std::marker::PhantomData;
 use std::path::Path;
 use std::rc::Rc;
 
-use host::config::plan::GuestLimits;
+use host::config::limits::{
+    GuestLimits, SCRIPT_ARRAY, SCRIPT_CALLS, SCRIPT_EXPRESSION, SCRIPT_FUNCTIONS, SCRIPT_MAP, SCRIPT_VARIABLES,
+};
 use host::worker::StopFlag;
 use host::{Error, Result};
 use rhai::module_resolvers::DummyModuleResolver;
@@ -28,13 +32,6 @@ use super::limits::{PEAKS, Peaks};
 use super::rhai_generated;
 use super::training::Training;
 
-const MAX_CALL_DEPTH: usize = 32;
-const MAX_EXPRESSION_DEPTH: usize = 64;
-const MAX_FUNCTION_EXPRESSION_DEPTH: usize = 32;
-const MAX_VARIABLES: usize = 256;
-const MAX_FUNCTIONS: usize = 256;
-const MAX_ARRAY: usize = 65_536;
-const MAX_MAP: usize = 4_096;
 /// The clock is read once in so many operations.
 const CHECK_EVERY: u64 = 64;
 
@@ -257,7 +254,8 @@ impl Front {
     /// An engine with every limit set and nothing of the contract in it.
     pub fn new(state: HostState, limits: &GuestLimits) -> Self {
         let shared = Rc::new(RefCell::new(state));
-        let mut engine = Engine::new();
+        let mut engine = Engine::new_raw();
+        add_packages(&mut engine);
         set_limits(&mut engine, limits);
         let log = shared.borrow().log.clone();
         engine.on_print(move |text| log.line(text));
@@ -268,11 +266,16 @@ impl Front {
         let begun = Cell::new((0, 0));
         let most = limits.operations;
         engine.on_progress(move |operations| {
-            if !operations.is_multiple_of(CHECK_EVERY) {
-                return None;
-            }
             let failure = {
                 let state = progress.try_borrow().ok()?;
+                if let Err(failure) = state.memory.check() {
+                    drop(state);
+                    progress.borrow_mut().fail(failure);
+                    return Some(Dynamic::UNIT);
+                }
+                if !operations.is_multiple_of(CHECK_EVERY) {
+                    return None;
+                }
                 let turn = state.clock.turns();
                 if begun.get().0 != turn {
                     begun.set((turn, operations));
@@ -345,30 +348,68 @@ fn too_many_operations(most: u64) -> Failure {
     })
 }
 
+/// Arithmetic, texts, arrays and maps. Left out are time, `sleep`, `exit`, bytes and what tells of the engine itself.
+fn add_packages(engine: &mut Engine) {
+    use rhai::packages::*;
+    let packages = [
+        ArithmeticPackage::new().as_shared_module(),
+        BasicStringPackage::new().as_shared_module(),
+        BasicIteratorPackage::new().as_shared_module(),
+        BasicFnPackage::new().as_shared_module(),
+        BitFieldPackage::new().as_shared_module(),
+        LogicPackage::new().as_shared_module(),
+        BasicMathPackage::new().as_shared_module(),
+        BasicArrayPackage::new().as_shared_module(),
+        BasicMapPackage::new().as_shared_module(),
+    ];
+    for package in packages {
+        engine.register_global_module(package);
+    }
+    // Rhai looks at the size of a result when it is there; a text in place of each letter of another is their product.
+    let mut strings = (*MoreStringPackage::new().as_shared_module()).clone();
+    FuncRegistration::new("replace").set_into_module(&mut strings, replace::<ImmutableString, ImmutableString>);
+    FuncRegistration::new("replace").set_into_module(&mut strings, replace::<ImmutableString, char>);
+    FuncRegistration::new("replace").set_into_module(&mut strings, replace::<char, ImmutableString>);
+    FuncRegistration::new("replace").set_into_module(&mut strings, replace::<char, char>);
+    engine.register_global_module(strings.into());
+}
+
+fn replace<F: Display, T: Display>(
+    context: NativeCallContext,
+    text: &mut ImmutableString,
+    find: F,
+    with: T,
+) -> RhaiResult<()> {
+    let (find, with) = (find.to_string(), with.to_string());
+    let grown = text.matches(find.as_str()).count() * with.len().saturating_sub(find.len());
+    if text.len() + grown > context.engine().max_string_size() {
+        return Err(EvalAltResult::ErrorDataTooLarge("Length of string".into(), context.call_position()).into());
+    }
+    *text = text.replace(&find, &with).into();
+    Ok(())
+}
+
 fn set_limits(engine: &mut Engine, limits: &GuestLimits) {
+    let [outside, inside] = SCRIPT_EXPRESSION;
     engine
         // They are counted from turn to turn of the loop (`on_progress`), not for a whole run.
         .set_max_operations(0)
-        .set_max_call_levels(MAX_CALL_DEPTH)
-        .set_max_expr_depths(MAX_EXPRESSION_DEPTH, MAX_FUNCTION_EXPRESSION_DEPTH)
-        .set_max_variables(MAX_VARIABLES)
-        .set_max_functions(MAX_FUNCTIONS)
+        .set_max_call_levels(SCRIPT_CALLS)
+        .set_max_expr_depths(outside, inside)
+        .set_max_variables(SCRIPT_VARIABLES)
+        .set_max_functions(SCRIPT_FUNCTIONS)
         .set_max_modules(0)
-        .set_max_string_size(max_string(limits))
-        .set_max_array_size(MAX_ARRAY)
-        .set_max_map_size(MAX_MAP)
+        .set_max_string_size(limits.script_string())
+        .set_max_array_size(SCRIPT_ARRAY)
+        .set_max_map_size(SCRIPT_MAP)
         .set_max_strings_interned(256)
         .set_module_resolver(DummyModuleResolver::new())
         .set_optimization_level(OptimizationLevel::None)
         .set_fail_on_invalid_map_property(true)
         .set_strict_variables(true)
         .disable_symbol("eval")
-        .disable_symbol("import");
-}
-
-/// All strings of one value together: a sixty-fourth of the memory limit, at least 64 KiB.
-fn max_string(limits: &GuestLimits) -> usize {
-    ((limits.memory_mb << 20) / 64).max(64 << 10)
+        .disable_symbol("import")
+        .disable_symbol("curry");
 }
 
 /// An engine with all a recipe may call.

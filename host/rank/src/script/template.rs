@@ -4,6 +4,7 @@
 //! for. A template that failed repeats its first error, since what it would do next means nothing.
 
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use host::config::plan::{GuestLimits, GuestRef};
@@ -45,9 +46,9 @@ pub fn open_template(guest: &GuestRef, limits: &GuestLimits) -> Result<SharedTem
             .hint(format!("remove `{key}`")));
     }
     let (path, limits) = (path.clone(), limits.clone());
-    Ok(match guest::read(&path, World::Template, limits.guest_mb)? {
+    Ok(match guest::read(&path, World::Template, &limits)? {
         Guest::Component(bytes) => {
-            let pre = load_component(&path, &bytes)?;
+            let pre = load_component(&path, &bytes, &limits)?;
             Arc::new(ComponentTemplate { digest: digest(&bytes), blame: Blame::template(&path), limits, pre })
         }
         Guest::Script(text) => {
@@ -88,8 +89,8 @@ struct ComponentTemplate {
     pre: wit::TemplatePre<GuestData>,
 }
 
-fn load_component(path: &Path, bytes: &[u8]) -> Result<wit::TemplatePre<GuestData>> {
-    let component = wasm::compile(path, bytes)?;
+fn load_component(path: &Path, bytes: &[u8], limits: &GuestLimits) -> Result<wit::TemplatePre<GuestData>> {
+    let component = wasm::compile(path, bytes, limits)?;
     let mut linker = Linker::new(wasm::engine()?);
     wasm::link_inert_wasi(&mut linker)
         .and_then(|()| wit::Template::add_to_linker::<_, HasSelf<HostState>>(&mut linker, |guest| &mut guest.host))
@@ -174,17 +175,20 @@ impl RowTemplate for ComponentRows {
 
 /// How many of `rows` go into one call: at least one.
 fn batch_len(rows: &[Row]) -> usize {
-    let size = |cell: &Cell| match cell {
-        Cell::None => 0,
-        Cell::Text(text) => text.len(),
-        Cell::Messages(messages) => messages.iter().flat_map(|message| &message.parts).map(String::len).sum(),
-    };
     let mut bytes = 0;
     let fit = rows.iter().take(MAX_BATCH_ROWS).take_while(|row| {
-        bytes += row.cells.iter().map(size).sum::<usize>();
+        bytes += row.cells.iter().map(text_bytes).sum::<usize>();
         bytes <= MAX_BATCH_BYTES
     });
     fit.count().max(1)
+}
+
+fn text_bytes(cell: &Cell) -> usize {
+    match cell {
+        Cell::None => 0,
+        Cell::Text(text) => text.len(),
+        Cell::Messages(messages) => messages.iter().flat_map(|message| &message.parts).map(String::len).sum(),
+    }
 }
 
 impl From<Row> for rows::Row {
@@ -249,11 +253,11 @@ struct ScriptTemplate {
     limits: GuestLimits,
 }
 
-/// A message as a script handles it.
+/// A message as a script handles it. Copies share the parts: filling an array with one takes no more than their handles.
 #[derive(Clone)]
 struct ScriptMessage {
     role: Role,
-    parts: Vec<ImmutableString>,
+    parts: Rc<Vec<ImmutableString>>,
     train: Option<bool>,
 }
 
@@ -278,7 +282,17 @@ impl OpenTemplate for ScriptTemplate {
         }
         let has_configure = takes_one("configure");
         let blame = Blame::template(&self.path);
-        Ok(Box::new(ScriptRows { engine, shared, script, has_configure, columns: vec![], blame, failure: None }))
+        let limits = self.limits.clone();
+        Ok(Box::new(ScriptRows {
+            engine,
+            shared,
+            script,
+            has_configure,
+            columns: vec![],
+            limits,
+            blame,
+            failure: None,
+        }))
     }
 
     fn digest(&self) -> String {
@@ -298,12 +312,13 @@ pub fn signatures() -> Vec<String> {
 
 pub fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Shared) {
     let mut front = Front::new(state, limits);
+    let longest = limits.script_string();
     rhai_generated::register_types(&mut front);
     for role in Role::ALL {
         let name = role.name();
         front.method(name, &["parts: String", "Message"], move |part: ImmutableString| ScriptMessage {
             role,
-            parts: vec![part],
+            parts: Rc::new(vec![part]),
             train: None,
         });
         front.method(name, &["parts: Array", "Message"], move |parts: Array| -> RhaiResult<ScriptMessage> {
@@ -330,15 +345,19 @@ pub fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Share
     front.method(
         "wrap",
         &["self: Message", "before: String", "after: String", "Message"],
-        |this: &mut ScriptMessage, before: ImmutableString, after: ImmutableString| {
+        move |this: &mut ScriptMessage, before: ImmutableString, after: ImmutableString| -> RhaiResult<ScriptMessage> {
+            // Parts share their text, so that no other limit sees how long they are together.
+            if before.len() + after.len() + this.parts.iter().map(|part| part.len()).sum::<usize>() > longest {
+                return Err(EvalAltResult::ErrorDataTooLarge("Text of a message".into(), Position::NONE).into());
+            }
             let mut message = this.clone();
             if !before.is_empty() {
-                message.parts.insert(0, before);
+                Rc::make_mut(&mut message.parts).insert(0, before);
             }
             if !after.is_empty() {
-                message.parts.push(after);
+                Rc::make_mut(&mut message.parts).push(after);
             }
-            message
+            Ok(message)
         },
     );
     front
@@ -353,7 +372,7 @@ pub fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Share
     front.finish()
 }
 
-fn text_parts(name: &str, parts: Array) -> RhaiResult<Vec<ImmutableString>> {
+fn text_parts(name: &str, parts: Array) -> RhaiResult<Rc<Vec<ImmutableString>>> {
     let text = |part: Dynamic| {
         part.into_immutable_string().map_err(|kind| {
             let message = format!("`{name}` takes strings, and one part is of type {kind}");
@@ -362,7 +381,7 @@ fn text_parts(name: &str, parts: Array) -> RhaiResult<Vec<ImmutableString>> {
             EvalAltResult::ErrorRuntime(error.into(), Position::NONE).into()
         })
     };
-    parts.into_iter().map(text).collect()
+    parts.into_iter().map(text).collect::<RhaiResult<_>>().map(Rc::new)
 }
 
 struct ScriptRows {
@@ -372,6 +391,7 @@ struct ScriptRows {
     has_configure: bool,
     /// The columns that `render` sees.
     columns: Vec<String>,
+    limits: GuestLimits,
     blame: Blame,
     failure: Option<Error>,
 }
@@ -379,6 +399,7 @@ struct ScriptRows {
 impl ScriptRows {
     fn call(&mut self, function: &str, argument: Dynamic) -> Result<Dynamic> {
         self.shared.borrow_mut().clock.restart();
+        self.shared.borrow_mut().memory.restart();
         // A fresh scope each time: one row cannot leave anything to the next.
         let mut scope = Scope::new();
         let options = CallFnOptions::new().eval_ast(true);
@@ -395,6 +416,11 @@ impl ScriptRows {
 
     fn render_row(&mut self, row: Row) -> Result<Outcome> {
         self.blame.place = Some(format!("on row {}", row.id));
+        let (bytes, most) = (row.cells.iter().map(text_bytes).sum::<usize>(), self.limits.script_string());
+        if bytes > most {
+            let why = format!("it has {bytes} bytes of text, and a script's values may have {most}");
+            return Ok(Outcome::Fail(format!("{why}; `limits.memory_mb` raises it")));
+        }
         let cells = row.cells.into_iter().map(|cell| match cell {
             Cell::Text(text) => ImmutableString::from(text).into(),
             Cell::None => Dynamic::UNIT,
@@ -425,20 +451,30 @@ impl ScriptRows {
     fn messages(&self, messages: Array) -> Result<Vec<Message>> {
         let message = |message: Dynamic| {
             let kind = message.type_name();
-            match message.try_cast::<ScriptMessage>() {
-                Some(ScriptMessage { role, parts, train }) => {
-                    Ok(Message { role, parts: parts.into_iter().map(String::from).collect(), train })
-                }
-                None => Err(self.no_messages(&format!("an array with a value of type {kind}"))),
-            }
+            message
+                .try_cast::<ScriptMessage>()
+                .ok_or_else(|| self.no_messages(&format!("an array with a value of type {kind}")))
         };
-        messages.into_iter().map(message).collect()
+        let messages = messages.into_iter().map(message);
+        // As much as a component may hand over; texts that a script's messages share are copied here.
+        let (mut bytes, most) = (0, self.limits.hostcall_mb << 20);
+        let mut kept = vec![];
+        for message in messages {
+            let ScriptMessage { role, parts, train } = message?;
+            bytes += size_of::<Message>() + parts.iter().map(|part| size_of::<String>() + part.len()).sum::<usize>();
+            if bytes > most {
+                let cause = format!("`render` gave back more than {most} bytes");
+                return Err(self.blame.error().cause(cause).hint("`limits.hostcall_mb` raises the limit"));
+            }
+            kept.push(Message { role, parts: parts.iter().map(ImmutableString::to_string).collect(), train });
+        }
+        Ok(kept)
     }
 }
 
 impl From<Message> for ScriptMessage {
     fn from(Message { role, parts, train }: Message) -> Self {
-        Self { role, parts: parts.into_iter().map(ImmutableString::from).collect(), train }
+        Self { role, parts: Rc::new(parts.into_iter().map(ImmutableString::from).collect()), train }
     }
 }
 

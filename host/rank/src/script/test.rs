@@ -29,7 +29,7 @@ const TOLERANCE: f64 = 1e-5;
 /// Tests a guest and prints what came of it.
 pub fn test(plan: &TestPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
     let path = &plan.guest;
-    let bytes = guest::bytes_of(path, "guest", limits().guest_mb)?;
+    let bytes = guest::bytes_of(path, "guest", &limits())?;
     let world = world_of(&bytes).unwrap_or(World::Recipe);
     let is_script = !bytes.starts_with(b"\0asm");
     let metadata = host::guest::metadata_of(path, &bytes)?;

@@ -5,13 +5,14 @@
 //! reported. A native thread advances the epoch, at which a guest's time and the stop flag are looked at.
 
 use std::path::Path;
-use std::sync::OnceLock;
-use std::time::Duration;
+use std::sync::{OnceLock, mpsc};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use host::config::plan::GuestLimits;
+use host::config::limits::{COMPONENT_STACK, GuestLimits};
 use host::worker::StopFlag;
 use host::{Error, Result};
+use wasmparser::WasmFeatures;
 use wasmtime::component::{Component, HasData, HasSelf, Linker, Resource, ResourceTable};
 use wasmtime::{
     Cache, CacheConfig, Config, Engine, ResourceLimiter, Store, StoreContextMut, Trap, UpdateDeadline, WasmBacktrace,
@@ -30,13 +31,12 @@ use super::log::SharedLog;
 use super::training::Training;
 
 const EPOCH: Duration = Duration::from_millis(10);
-/// Bytes a guest may hand over in one call.
-const HOSTCALL_BYTES: usize = 32 << 20;
-const MAX_MEMORIES: usize = 4;
-/// A Python guest has 38: each of its libraries, and one for each WASI interface that is switched off.
-const MAX_INSTANCES: usize = 64;
-const MAX_TABLES: usize = 32;
-const MAX_TABLE_ELEMENTS: usize = 100_000;
+/// What a component may be made of, and nothing else of what the engine knows: no threads, garbage collection, exceptions,
+/// 64-bit memories, stack switching, nor async, which advisories were about and no guest needs.
+const FEATURES: WasmFeatures = WasmFeatures::WASM2
+    .union(WasmFeatures::EXTENDED_CONST)
+    .union(WasmFeatures::MULTI_MEMORY)
+    .union(WasmFeatures::COMPONENT_MODEL);
 /// `HashMap`'s seed in a guest: the same in every run and on every rank.
 const INSECURE_SEED: u128 = 0x686f_7374;
 
@@ -45,7 +45,7 @@ pub struct GuestData {
     pub host: HostState,
     wasi: WasiCtx,
     table: ResourceTable,
-    memory: MemoryLimit,
+    space: Space,
 }
 
 /// The process's engine; the first call starts the thread that advances its epoch.
@@ -76,21 +76,12 @@ fn config() -> Config {
     config
         .wasm_component_model(true)
         .epoch_interruption(true)
+        .max_wasm_stack(COMPONENT_STACK)
         .wasm_backtrace_details(WasmBacktraceDetails::Enable)
-        // Equal results on every machine; guests do little arithmetic of their own.
         .cranelift_nan_canonicalization(true)
-        .relaxed_simd_deterministic(true)
-        // Off: what our guests do not need and what advisories were about.
         .concurrency_support(false)
-        .wasm_threads(false)
         .shared_memory(false)
-        .wasm_gc(false)
-        .wasm_function_references(false)
-        .wasm_exceptions(false)
-        .wasm_memory64(false)
-        .wasm_stack_switching(false)
-        .wasm_custom_page_sizes(false)
-        .wasm_wide_arithmetic(false)
+        .wasm_features(!FEATURES, false)
         .cache(cache());
     config
 }
@@ -127,19 +118,24 @@ fn cache() -> Option<Cache> {
     }
 }
 
-/// Sums over a guest's memories; wasmtime's own limit is per memory.
-#[derive(Default)]
-struct MemoryLimit {
-    limit: usize,
+/// Sums over a guest's memories, where wasmtime's own limit is per memory; and counts what else it is made of.
+struct Space {
+    limits: GuestLimits,
     used: usize,
     /// The first growth that was refused, in bytes; the guest's end is then most likely about it.
     refused: Option<usize>,
 }
 
-impl ResourceLimiter for MemoryLimit {
+impl Space {
+    fn memory(&self) -> usize {
+        self.limits.memory_mb << 20
+    }
+}
+
+impl ResourceLimiter for Space {
     fn memory_growing(&mut self, current: usize, desired: usize, _maximum: Option<usize>) -> wasmtime::Result<bool> {
         let wanted = self.used.saturating_add(desired.saturating_sub(current));
-        let fits = wanted <= self.limit;
+        let fits = wanted <= self.memory();
         if fits {
             self.used = wanted;
             Peaks::raise(&PEAKS.memory, wanted as u64);
@@ -150,31 +146,31 @@ impl ResourceLimiter for MemoryLimit {
     }
 
     fn table_growing(&mut self, _current: usize, desired: usize, _maximum: Option<usize>) -> wasmtime::Result<bool> {
-        Ok(desired <= MAX_TABLE_ELEMENTS)
+        Ok(desired <= self.limits.table_elements)
     }
 
     fn instances(&self) -> usize {
-        MAX_INSTANCES
+        self.limits.instances
     }
 
     fn tables(&self) -> usize {
-        MAX_TABLES
+        self.limits.tables
     }
 
     fn memories(&self) -> usize {
-        MAX_MEMORIES
+        self.limits.memories
     }
 }
 
 /// A store for one instance of a guest.
 pub fn new_store(host: HostState, limits: &GuestLimits) -> Result<Store<GuestData>> {
     let wasi = WasiCtx::builder().insecure_random_seed(INSECURE_SEED).build();
-    let memory = MemoryLimit { limit: limits.memory_mb << 20, ..MemoryLimit::default() };
+    let space = Space { limits: limits.clone(), used: 0, refused: None };
     let mut table = ResourceTable::new();
     table.set_max_capacity(limits.handles);
-    let mut store = Store::new(engine()?, GuestData { host, wasi, table, memory });
-    store.limiter(|guest| &mut guest.memory);
-    store.set_hostcall_fuel(HOSTCALL_BYTES);
+    let mut store = Store::new(engine()?, GuestData { host, wasi, table, space });
+    store.limiter(|guest| &mut guest.space);
+    store.set_hostcall_fuel(limits.hostcall_mb << 20);
     // Above our own limit, which answers with an error a guest can read; this one traps.
     store.set_max_component_handles(limits.handles + 1000);
     store.set_epoch_deadline(1);
@@ -194,9 +190,43 @@ fn on_epoch(mut store: StoreContextMut<'_, GuestData>) -> wasmtime::Result<Updat
 }
 
 /// Compiles a component that [`super::guest::read`] let through.
-pub fn compile(path: &Path, bytes: &[u8]) -> Result<Component> {
-    Component::new(engine()?, bytes)
-        .map_err(|error| Error::config(format!("cannot compile `{}`", path.display())).cause(format!("{error:#}")))
+///
+/// Cranelift has no limit of its own, and what it takes may be the square of what it is given. It is watched from here; once
+/// it has taken too much there is nothing to be done but to end the process, which the error does: its threads go on until
+/// then.
+pub fn compile(path: &Path, bytes: &[u8], limits: &GuestLimits) -> Result<Component> {
+    let (engine, owned) = (engine()?, bytes.to_vec());
+    let (sender, receiver) = mpsc::channel();
+    let (begun, held) = (Instant::now(), resident_bytes());
+    std::thread::Builder::new()
+        .name("compile".into())
+        .spawn(move || sender.send(Component::new(engine, owned)))
+        .map_err(|error| Error::run("cannot start a thread to compile a component").cause(error))?;
+    let failed = || Error::config(format!("cannot compile `{}`", path.display()));
+    loop {
+        match receiver.recv_timeout(EPOCH) {
+            Ok(compiled) => return compiled.map_err(|error| failed().cause(format!("{error:#}"))),
+            Err(mpsc::RecvTimeoutError::Disconnected) => return Err(Error::bug("compiling a component panicked")),
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+        }
+        if begun.elapsed().as_secs_f64() > limits.compile_seconds {
+            return Err(failed().cause(format!("it takes more than {} s", limits.compile_seconds)).hint(
+                "`limits.compile_seconds` raises the limit; a component of someone else's may do this on purpose",
+            ));
+        }
+        if resident_bytes().saturating_sub(held) > limits.compile_mb << 20 {
+            return Err(failed()
+                .cause(format!("it takes more than {} MiB", limits.compile_mb))
+                .hint("`limits.compile_mb` raises the limit; a component of someone else's may do this on purpose"));
+        }
+    }
+}
+
+/// What the process takes of the machine's memory.
+fn resident_bytes() -> usize {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: usize = text.split_whitespace().nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
+    pages * rustix::param::page_size()
 }
 
 /// What an import list that passed cannot tell: whether the types agree.
@@ -284,8 +314,8 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    pub fn load(path: &Path, bytes: &[u8]) -> Result<Self> {
-        let component = compile(path, bytes)?;
+    pub fn load(path: &Path, bytes: &[u8], limits: &GuestLimits) -> Result<Self> {
+        let component = compile(path, bytes, limits)?;
         let mut linker = Linker::new(engine()?);
         link_inert_wasi(&mut linker)
             .and_then(|()| {
@@ -336,9 +366,11 @@ pub fn explain(blame: &Blame, guest: &mut GuestData, trap: &wasmtime::Error) -> 
         None => blame.error(),
     };
     let ended_by_host = !error.causes.is_empty();
-    if let Some(wanted) = guest.memory.refused {
-        let (wanted, limit) = (wanted.div_ceil(1 << 20), guest.memory.limit >> 20);
-        error = error.cause(format!("the guest asked for {wanted} MiB of memory, and its limit is {limit} MiB"));
+    if let Some(wanted) = guest.space.refused {
+        let (wanted, limit) = (wanted.div_ceil(1 << 20), guest.space.limits.memory_mb);
+        error = error
+            .cause(format!("the guest asked for {wanted} MiB of memory, and its limit is {limit} MiB"))
+            .hint("`limits.memory_mb` raises the limit");
     }
     if !ended_by_host {
         let said = guest.host.log.tail();
@@ -364,8 +396,22 @@ pub fn explain(blame: &Blame, guest: &mut GuestData, trap: &wasmtime::Error) -> 
             (_, Some(trap)) => Some(trap.to_string()),
             _ => Some(trap.root_cause().to_string()),
         });
+        error.hints.extend(raised_by(&trap.root_cause().to_string()));
     }
     add_frames(error, trap)
+}
+
+/// The key of the config that a refusal of the engine's is about, by its words.
+fn raised_by(cause: &str) -> Option<String> {
+    const WORDS: [(&str, &str); 5] = [
+        ("fuel allocated for hostcalls", "hostcall_mb"),
+        ("memory count too high", "memories"),
+        ("table count too high", "tables"),
+        ("instance count too high", "instances"),
+        ("exceeds table limits", "table_elements"),
+    ];
+    let (_, key) = WORDS.iter().find(|(words, _)| cause.contains(words))?;
+    Some(format!("`limits.{key}` raises the limit"))
 }
 
 /// A function of the guest, and where its source says it is: file and line.

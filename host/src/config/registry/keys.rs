@@ -21,10 +21,18 @@ const CACHE_DIR: Key =
 
 /// What a guest may use.
 pub const LIMITS: &[Key] = &[
-    key("guest_mb", POSITIVE, "10", "Size of a component's file, in MiB; compiling it is not bounded otherwise."),
+    key("guest_mb", POSITIVE, "10", "A guest's file, in MiB."),
     key("memory_mb", POSITIVE, "256", "Memory of the guest, in MiB."),
     key("tensors_mb", POSITIVE, "32768", "Tensors that the guest holds or its gradients may still need, in MiB."),
     key("handles", POSITIVE, "20000", "Tensors and other handles alive at once."),
+    key("hostcall_mb", POSITIVE, "32", "What a guest may hand over in one call, in MiB."),
+    key("compile_mb", POSITIVE, "2048", "Memory that compiling a component may take, in MiB."),
+    key("compile_seconds", Type::Number { min: 0.001, max: f64::INFINITY }, "60.0", "Time that compiling it may take."),
+    key("log_lines", POSITIVE, "10000", "Lines a guest may log; the rest is dropped."),
+    key("memories", POSITIVE, "4", "Memories of a component."),
+    key("instances", POSITIVE, "64", "Modules that a component is made of."),
+    key("tables", POSITIVE, "32", "Tables of a component."),
+    key("table_elements", POSITIVE, "100000", "Elements of each of them."),
     key(
         "operations",
         Type::Count { min: 1, max: 1 << 53 },
