@@ -4,6 +4,7 @@
 
 mod config;
 mod damage;
+mod dependencies;
 mod files;
 mod guests;
 mod hub;

@@ -11,6 +11,7 @@ mod faults;
 #[path = "../../host/src/gguf/fixture.rs"]
 #[allow(dead_code)]
 mod gguf_fixture;
+mod hostile;
 mod hub;
 mod kit;
 mod methods;

@@ -1,12 +1,11 @@
 //! Components that no compiler makes, written by hand, and what is said of them.
 
-use host::config::limits::GuestLimits;
 use host::worker::StopFlag;
-use host_rank::script::{Recipe, SDK_VERSION};
+use host_rank::script::SDK_VERSION;
 use insta::assert_snapshot;
 use serde_json::json;
 
-use crate::support::{Linear, guest, run_with, tight};
+use crate::support::{Linear, run_with, tight};
 
 /// What a recipe imports and exports, around the core module `$m`.
 fn recipe(module: &str) -> String {
@@ -364,26 +363,4 @@ fn nested(levels: usize) -> Vec<u8> {
     }
     reversed.reverse();
     reversed
-}
-
-/// What takes minutes to compile, or gigabytes.
-#[test]
-fn a_compile_bomb_is_given_up() {
-    // It goes on after it was given up, until its process ends: little is enough here.
-    let limits = GuestLimits { compile_seconds: 0.05, ..GuestLimits::default() };
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("r.wasm");
-    let loops = 1500;
-    let locals = "i32 ".repeat(1000);
-    let opens: String =
-        (0..loops).map(|i| format!("(loop (local.set {} (local.get {}))", i * 7 % 1000, i % 1000)).collect();
-    let closes: String = (0..loops).map(|i| format!("(br_if 0 (local.get {})))", i % 1000)).collect();
-    let bomb = idle(&format!("(func (local {locals}) {opens} {closes})"));
-    std::fs::write(&path, wat::parse_str(bomb).unwrap()).unwrap();
-    let Err(error) = Recipe::load(&guest(&path), &limits) else { panic!("it was compiled") };
-    assert_snapshot!(error.to_string().replace(dir.path().to_str().unwrap(), "[DIR]"), @"
-error: cannot compile `[DIR]/r.wasm`
-cause: it takes more than 0.05 s
-hint: `limits.compile_seconds` raises the limit; a component of someone else's may do this on purpose
-");
 }

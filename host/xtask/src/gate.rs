@@ -5,11 +5,11 @@
 use std::path::Path;
 
 use crate::shell::{Failure, Result, cargo, run as run_command};
-use crate::{build, guests, sdk_gen};
+use crate::{build, deny, guests, sdk_gen};
 
 pub fn run(root: &Path) -> Result<()> {
     build::run(root)?;
-    let checks: [(&str, &dyn Fn() -> Result<()>); 6] = [
+    let checks: [(&str, &dyn Fn() -> Result<()>); 7] = [
         ("format", &|| run_command(cargo(root).args(["fmt", "--all", "--check"]))),
         ("lints", &|| {
             run_command(cargo(root).args("clippy --release --workspace --all-targets -- -D warnings".split(' ')))
@@ -18,6 +18,7 @@ pub fn run(root: &Path) -> Result<()> {
             run_command(cargo(root).args("fmt --manifest-path scripts/Cargo.toml --all --check".split(' ')))
         }),
         ("the guests' lints", &|| guests::lint(root).map_err(Failure::new)),
+        ("dependencies", &|| deny::check(root)),
         ("the generated SDK", &|| sdk_gen::generate(root, true).map_err(Failure::new)),
         ("tests", &|| run_command(cargo(root).args(["test", "--release", "--workspace", "--no-fail-fast"]))),
     ];

@@ -9,6 +9,7 @@ mod build;
 mod configs;
 mod data;
 mod demo;
+mod deny;
 mod gate;
 mod guests;
 mod interop;
@@ -52,6 +53,8 @@ enum Task {
     Test,
     /// Write the LoRA configs of torchtune's names
     Configs,
+    /// Check dependencies: bans, licences, sources, and advisories where they can be reached
+    Deny,
     /// Generate the Rhai side of the SDK from its WIT
     Sdk {
         /// Only compare with what is committed
@@ -85,6 +88,7 @@ fn run(task: Task) -> Result<()> {
         Task::Demo { data } => demo::run(root, data.as_deref()),
         Task::Test => gate::run(root),
         Task::Configs => configs::generate(root, false),
+        Task::Deny => deny::run(root),
         Task::Sdk { check } => sdk_gen::generate(root, check).map_err(shell::Failure::new),
         Task::Interop(args) => interop::run(root, &args),
         Task::Bench(args) => bench::run(root, &args),

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::build;
 use crate::shell::{Result, cargo, run as run_command};
+use crate::{build, deny};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -17,6 +17,7 @@ pub struct Args {
 
 pub fn run(root: &Path, args: &Args) -> Result<()> {
     build::run(root)?;
+    deny::run(root)?;
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut test = cargo(root);
     test.args("test --release --workspace --test dist -- --ignored --nocapture --exact soak::soak".split(' '));
