@@ -157,7 +157,10 @@ pub fn prompt_tokens(
     match &plan.prompt {
         PromptPlan::Text(text) => encode_text(tokenizer, text),
         PromptPlan::Messages { system, user } => {
-            encode_prompt(tokenizer, &messages::prompt(template, system.as_deref(), user)?)
+            // As a row's.
+            let mut user = user.clone();
+            tokenizer.special_tokens().mark(&mut user);
+            encode_prompt(tokenizer, &messages::prompt(template, system.as_deref(), &user)?)
         }
     }
 }

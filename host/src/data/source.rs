@@ -25,6 +25,7 @@ use crate::config::plan::{DataFormat, RowsPlan};
 use crate::config::suggest;
 use crate::error::{Error, Result, quoted};
 use crate::panics;
+use crate::tokenizer::SpecialTokens;
 
 /// The column of a text file's lines.
 const TEXT_COLUMN: &str = "text";
@@ -55,6 +56,25 @@ pub enum SourceCell {
     Text(String),
     /// What lies in a column of conversations.
     Nested(Value),
+}
+
+impl SourceCell {
+    /// Marks the special tokens that its texts spell.
+    pub fn mark(&mut self, special: &SpecialTokens) {
+        fn mark(value: &mut Value, special: &SpecialTokens) {
+            match value {
+                Value::String(text) => special.mark(text),
+                Value::Array(items) => items.iter_mut().for_each(|item| mark(item, special)),
+                Value::Object(fields) => fields.values_mut().for_each(|field| mark(field, special)),
+                _ => {}
+            }
+        }
+        match self {
+            Self::None => {}
+            Self::Text(text) => special.mark(text),
+            Self::Nested(value) => mark(value, special),
+        }
+    }
 }
 
 /// A column that is needed.

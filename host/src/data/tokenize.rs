@@ -19,7 +19,7 @@ use crate::data::source::{Place, Rows, SourceCell, SourceFile, SourceRow, Wanted
 use crate::data::split;
 use crate::data::template::{Outcome, Templates};
 use crate::error::{Error, Result};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Tokenizer, unmarked};
 
 /// Rows that go through a template in one call.
 const BATCH_ROWS: usize = 256;
@@ -333,8 +333,9 @@ impl<'t> Worker<'t> {
     }
 
     /// A sample for each row; none where the template leaves the row out; or why the row is bad.
-    fn make(&mut self, first_id: u64, rows: Vec<Vec<SourceCell>>) -> Result<Vec<Made>> {
+    fn make(&mut self, first_id: u64, mut rows: Vec<Vec<SourceCell>>) -> Result<Vec<Made>> {
         let encoder = &self.encoder;
+        rows.iter_mut().flatten().for_each(|cell| cell.mark(encoder.tokenizer.special_tokens()));
         Ok(match &mut self.maker {
             Maker::Texts { add_eos } => {
                 let text = |cells: Vec<SourceCell>| match cells.first() {
@@ -350,7 +351,7 @@ impl<'t> Worker<'t> {
                         sides.iter().map(|messages| encoder.sample(messages)).collect::<Result<_, _>>().map(Some)
                     }
                     Outcome::Skip(_) => Ok(None),
-                    Outcome::Fail(why) => Err(why),
+                    Outcome::Fail(why) => Err(unmarked(&why)),
                 };
                 conversations.of(first_id, rows)?.into_iter().map(sample).collect()
             }

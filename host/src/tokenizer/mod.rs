@@ -5,13 +5,13 @@
 //! content; all become one `tokenizers` pipeline. [`Format`] is how messages become tokens; [`crate::data`] writes them.
 //! `encode` never runs the post-processor: whoever puts a sequence together adds BOS and EOS.
 //!
-//! To be questioned: under `hf_tokenizer`, a chat template and the Qwen formats the spelling of a special token in a text
-//! becomes that token, in data as in templates. So do transformers and torchtune, whose recorded tokens have it, and a
-//! template has no other way to write `<|im_start|>`; but a row of data can forge an end of sequence by it. The Llama and
-//! Mistral formats write such a spelling as the text it is, as torchtune does there.
+//! The spelling of a special token is that token where a template or a config writes it, which has no other way to say
+//! `<|im_start|>`, and text where data has it ([`SpecialTokens`]). So transformers and torchtune do not: there a row can forge
+//! a turn. Under the Llama and Mistral formats it is text wherever it stands, as in torchtune.
 
 mod chat_template;
 mod files;
+mod marks;
 mod sentencepiece;
 mod side_files;
 mod tiktoken;
@@ -20,6 +20,7 @@ mod tiktoken;
 pub mod tests;
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::config::plan::{MessageFormat, TokenizerPlan, Truncation};
 use crate::data::template::Role;
@@ -27,10 +28,15 @@ use crate::error::{Error, Result};
 
 pub use chat_template::{ChatMessage, ChatTemplate};
 pub use files::Kind;
+pub use marks::{SpecialTokens, unmarked};
 
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// Those whose spelling is not text wherever it stands.
+    special_tokens: SpecialTokens,
+    /// The same, but that every spelling is text; made for the first row that needs it.
+    literal: OnceLock<Box<tokenizers::Tokenizer>>,
     path: PathBuf,
     bos: Option<u32>,
     /// Before a text that is no message; a chat template writes its own, a text has none.
@@ -151,7 +157,9 @@ impl Tokenizer {
             }
         };
         // A row cannot forge the tokens that the format writes itself; see the module.
-        inner.set_encode_special_tokens(matches!(format, Format::Llama3 { .. } | Format::Turns { .. }));
+        let are_text = matches!(format, Format::Llama3 { .. } | Format::Turns { .. });
+        inner.set_encode_special_tokens(are_text);
+        let special_tokens = if are_text { SpecialTokens::default() } else { SpecialTokens::of(&inner) };
         stop_tokens.push(eos);
         stop_tokens.retain(|&id| (id as usize) < vocab_size);
         stop_tokens.sort_unstable();
@@ -172,10 +180,12 @@ impl Tokenizer {
             turn_texts,
         } = plan;
         digest.update(
-            format!("\0{bos:?} {of_files:?} {eos} {message_format:?} {truncation:?} {turn_texts:?}").as_bytes(),
+            format!("\0marked {bos:?} {of_files:?} {eos} {message_format:?} {truncation:?} {turn_texts:?}").as_bytes(),
         );
         let mut tokenizer = Self {
             inner,
+            special_tokens,
+            literal: OnceLock::new(),
             path: path.clone(),
             bos,
             text_bos: if plan.format == MessageFormat::ChatTemplate { of_files } else { bos },
@@ -195,12 +205,36 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
+    /// The special tokens that data may spell, to be marked there.
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.special_tokens
+    }
+
     /// Token ids of `text`; none is added before or after it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        if !marks::is_marked(text) {
+            return self.encode_by(&self.inner, text);
+        }
+        let literal = self.literal.get_or_init(|| {
+            let mut literal = Box::new(self.inner.clone());
+            literal.set_encode_special_tokens(true);
+            literal
+        });
+        let mut ids = vec![];
+        for piece in self.special_tokens.pieces(text) {
+            match piece {
+                marks::Piece::Token(id) => ids.push(id),
+                marks::Piece::Text(text) => ids.extend(self.encode_by(literal, &unmarked(text))?),
+            }
+        }
+        Ok(ids)
+    }
+
+    fn encode_by(&self, inner: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>> {
         let pieces = if self.in_pieces { tiktoken::pieces(text) } else { vec![text] };
         let mut ids = vec![];
         for piece in pieces {
-            match self.inner.encode_fast(piece, false) {
+            match inner.encode_fast(piece, false) {
                 Ok(encoding) => ids.extend_from_slice(encoding.get_ids()),
                 Err(error) => {
                     let start = text.chars().take(60).collect::<String>();
