@@ -134,14 +134,19 @@ impl WorkerEnv {
         let Some(launcher) = std::env::var(HOST_LAUNCHER).ok().and_then(|pid| pid.parse::<i32>().ok()) else {
             return Ok(());
         };
-        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-            .map_err(|error| Error::run("cannot bind the worker's life to its launcher").cause(error))?;
-        // The launcher may have died before the line above: the kernel then has no death left to tell of.
-        if Pid::as_raw(rustix::process::getppid()) != launcher {
-            return Err(Error::run(format!("the launcher, process {launcher}, is gone")));
-        }
-        Ok(())
+        die_with_parent(launcher)
     }
+}
+
+/// Makes the kernel end this process when the thread of `parent` that started it is gone.
+pub fn die_with_parent(parent: i32) -> Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(|error| Error::run("cannot bind this process's life to the one that started it").cause(error))?;
+    // It may have died before the line above: the kernel then has no death left to tell of.
+    if Pid::as_raw(rustix::process::getppid()) != parent {
+        return Err(Error::run(format!("process {parent}, which started this one, is gone")));
+    }
+    Ok(())
 }
 
 fn panic_error(info: &std::panic::PanicHookInfo<'_>) -> Error {

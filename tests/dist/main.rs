@@ -13,6 +13,7 @@ mod faults;
 mod gguf_fixture;
 mod hostile;
 mod hub;
+mod isolate;
 mod kit;
 mod methods;
 mod mistakes;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use host::config::plan::{
     ColumnPlan, DataFile, DataFormat, DatasetPlan, GuestLimits, OnBadRow, PackingPlan, RowsPlan, TokenizerPlan,
 };
-use host::data::template::{Cell, MESSAGES, Message, Role, Row, Templates};
+use host::data::template::{Cell, MESSAGES, Message, Role, Row, RowTemplate, Templates};
 use host::tokenizer::Tokenizer;
 use host::worker::StopFlag;
 use host_rank::script::{Recipe, open_template};
@@ -85,18 +85,36 @@ fn template_rows() {
     };
     let bytes = rows.iter().flat_map(|row| &row.cells).map(size).sum::<usize>() / rows.len();
     for path in ["templates/summarize.wasm", "templates/summarize.rhai"] {
-        let mut template = open_template(&guest(path), &GuestLimits::default()).unwrap().open().unwrap();
-        template.configure(&[MESSAGES.into()]).unwrap();
-        let best = (0..5)
-            .map(|_| {
-                let rows = rows.clone();
-                let started = Instant::now();
-                template.render(rows).unwrap();
-                started.elapsed()
-            })
-            .min()
-            .unwrap();
-        println!("{path}: {:.0} rows/s of {bytes} bytes", rows.len() as f64 / best.as_secs_f64());
+        let template = open_template(&guest(path), &GuestLimits::default()).unwrap().open().unwrap();
+        println!("{path}: {:.0} rows/s of {bytes} bytes", rows_per_second(template, &rows));
+    }
+}
+
+/// The best of five.
+fn rows_per_second(mut template: Box<dyn RowTemplate>, rows: &[Row]) -> f64 {
+    template.configure(&[MESSAGES.into()]).unwrap();
+    let once = |_| {
+        let rows = rows.to_vec();
+        let started = Instant::now();
+        template.render(rows).unwrap();
+        started.elapsed()
+    };
+    rows.len() as f64 / (0..5).map(once).min().unwrap().as_secs_f64()
+}
+
+/// What `isolate: true` costs beside the same template in the worker's own process.
+#[test]
+#[ignore = "a measurement"]
+fn isolation() {
+    let rows = template_rows_of(None);
+    for path in ["templates/summarize.wasm", "templates/summarize.rhai"] {
+        for isolated in [false, true, false, true] {
+            let started = Instant::now();
+            let template = crate::isolate::opened(path, &GuestLimits::default(), isolated).unwrap();
+            let start = started.elapsed().as_secs_f64() * 1e3;
+            let speed = rows_per_second(template, &rows);
+            println!("{path}, isolated: {isolated}: {speed:.0} rows/s, started in {start:.0} ms");
+        }
     }
 }
 

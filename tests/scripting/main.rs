@@ -6,6 +6,7 @@ mod costs;
 mod files;
 mod handmade;
 mod hostile;
+mod isolate;
 mod languages;
 mod losses;
 mod memory;

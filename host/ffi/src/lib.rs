@@ -17,6 +17,7 @@ pub mod dist;
 pub mod grad;
 pub mod mmap;
 pub mod optim;
+pub mod process;
 pub mod rng;
 mod sys;
 

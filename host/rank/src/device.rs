@@ -7,7 +7,7 @@ use host::doctor::{Probe, ProbedDevice};
 use host::{Error, Result};
 use tch::Device;
 
-use crate::script::SDK_VERSION;
+use crate::script::{self, SDK_VERSION};
 use crate::torch::TorchContext;
 
 /// Opens the device a plan names for this local rank; loads the accelerator half of libtorch from `libtorch_lib` first,
@@ -57,6 +57,7 @@ pub fn probe(libtorch_lib: &Path) -> Result<Probe> {
         libtorch_version: host_ffi::backend::libtorch_version().torch("ask for libtorch's version")?,
         cpu_capability: host_ffi::backend::cpu_capability().torch("ask for the CPU's instruction set")?,
         threads: host_ffi::backend::num_threads(),
+        isolation: script::isolate::layers().into_iter().map(str::to_owned).collect(),
         devices,
     })
 }

@@ -1,4 +1,4 @@
-//! `host-rank`: one rank of a run. Started by `host run`, not by hand.
+//! `host-rank`: one rank of a run, or the process of a template. Started by `host run`, not by hand.
 
 use std::io::{IsTerminal, Write};
 use std::path::Path;
@@ -14,13 +14,19 @@ fn main() -> ExitCode {
     if let Err(error) = WorkerEnv::die_with_launcher() {
         return fail(&error);
     }
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if let ["--template", parent] = arguments[..] {
+        return match script::isolate::serve(parent) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
+        };
+    }
     let env = match WorkerEnv::read() {
         Ok(env) => env,
         Err(error) => return fail(&error),
     };
     env.install_panic_hook();
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match arguments[..] {
         ["--probe"] => probe(&env),
         ["--plan", path] => start(Path::new(path), &env),

@@ -23,6 +23,8 @@ pub struct GuestLimits {
     pub table_elements: usize,
     pub operations: u64,
     pub seconds: f64,
+    /// Templates run in processes of their own; the config says so beside its `limits`.
+    pub isolate: bool,
 }
 
 impl Default for GuestLimits {
@@ -42,6 +44,7 @@ impl Default for GuestLimits {
             table_elements: 100_000,
             operations: 10_000_000_000,
             seconds: 30.0,
+            isolate: false,
         }
     }
 }
@@ -102,7 +105,8 @@ mod tests {
 
     #[test]
     fn the_defaults_are_those_of_the_keys() {
-        let defaults = serde_json::to_value(GuestLimits::default()).unwrap();
+        let mut defaults = serde_json::to_value(GuestLimits::default()).unwrap();
+        defaults.as_object_mut().unwrap().remove("isolate");
         let keys: Vec<(String, f64)> =
             told().0.into_iter().map(|(name, value)| (name.to_owned(), value.parse().unwrap())).collect();
         assert_eq!(keys.len(), defaults.as_object().unwrap().len());

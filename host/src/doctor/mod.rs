@@ -92,6 +92,9 @@ pub struct Probe {
     /// The instruction set that libtorch's kernels chose, such as `AVX512`.
     pub cpu_capability: String,
     pub threads: usize,
+    /// What the kernel has to hold a template's process with: `isolate`.
+    #[serde(default)]
+    pub isolation: Vec<String>,
     /// GPUs; the CPU is always there.
     pub devices: Vec<ProbedDevice>,
 }
@@ -352,6 +355,10 @@ impl fmt::Display for Facts {
         writeln!(f, "processor  {model}, {cores} cores, {threads} threads, {features}")?;
         if let Ok(probe) = &self.probe {
             writeln!(f, "kernels    {}, {} threads", probe.cpu_capability, probe.threads)?;
+        }
+        if let Ok(probe) = &self.probe {
+            let none = "neither seccomp nor landlock".to_owned();
+            writeln!(f, "isolation  {}", if probe.isolation.is_empty() { none } else { probe.isolation.join(", ") })?;
         }
         match &self.memory {
             Some(memory) => writeln!(f, "memory     {}, {} free", gib(memory.total), gib(memory.available))?,

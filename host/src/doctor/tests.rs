@@ -22,6 +22,7 @@ fn healthy() -> Facts {
             libtorch_version: "2.11.0".into(),
             cpu_capability: "AVX512".into(),
             threads: 64,
+            isolation: vec!["seccomp".into(), "landlock".into()],
             devices: vec![ProbedDevice { index: 0, library: "libtorch_hip.so".into(), memory_total: Some(64 << 30) }],
         }),
         cpu: Cpu { model: "EPYC".into(), cores: 64, threads: 128, features: vec!["avx2", "avx512f", "avx512_bf16"] },
@@ -63,6 +64,7 @@ fn a_healthy_machine_is_described_without_findings() {
     back ends  cpu, rocm
     processor  EPYC, 64 cores, 128 threads, avx2 avx512f avx512_bf16
     kernels    AVX512, 64 threads
+    isolation  seccomp, landlock
     memory     512.0 GiB, 500.0 GiB free
     GPU        AMD Instinct MI210, 64.0 GiB
     cuda:0     libtorch_hip.so, 64.0 GiB

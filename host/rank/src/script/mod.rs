@@ -10,6 +10,7 @@ pub mod api;
 mod check;
 pub mod guest;
 mod handles;
+pub mod isolate;
 mod job;
 pub mod limits;
 mod log;

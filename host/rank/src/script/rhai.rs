@@ -6,7 +6,8 @@
 //! Rhai bounds each value where it is made, not their sum; the sum is counted by the allocator and looked at between
 //! operations. What one operation makes at most is bounded by the sizes of its values. Functions keep no values, as a chain
 //! of them would have no limit. A script gets the packages named below and nothing else of Rhai's: no clock, no `sleep`, which
-//! nothing could end. All the same an engine in our own process is no wall: Wasm is the form for strangers' code.
+//! nothing could end. All the same an engine in our own process is no wall: a template has one under [`super::isolate`], and Wasm
+//! is the form for strangers' code.
 
 use std::cell::{Cell, RefCell};
 use std::fmt::Display;

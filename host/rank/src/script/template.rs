@@ -19,7 +19,7 @@ use super::api::HostState;
 use super::guest::{self, Blame, Guest, SDK_VERSION, World};
 use super::rhai::{Front, RhaiResult, Shared, explain, parse};
 use super::wasm::{self, GuestData};
-use super::{log, rhai_generated};
+use super::{isolate, log, rhai_generated};
 
 mod wit {
     wasmtime::component::bindgen!({
@@ -39,6 +39,12 @@ const MAX_BATCH_BYTES: usize = 1 << 20;
 
 /// Reads, checks and compiles a template, so that opening it later cannot fail for what its file says.
 pub fn open_template(guest: &GuestRef, limits: &GuestLimits) -> Result<SharedTemplate> {
+    let bytes = guest::bytes_of(&guest.path, World::Template.noun(), limits)?;
+    if limits.isolate { isolate::open_template(guest, bytes, limits) } else { open_bytes(guest, bytes, limits) }
+}
+
+/// The same in this process, with the file's content.
+pub fn open_bytes(guest: &GuestRef, bytes: Vec<u8>, limits: &GuestLimits) -> Result<SharedTemplate> {
     let path = &guest.path;
     if let Some(key) = guest.settings.as_object().and_then(|settings| settings.keys().next()) {
         return Err(Error::config(format!("the template `{}` was given `{key}`", path.display()))
@@ -46,7 +52,7 @@ pub fn open_template(guest: &GuestRef, limits: &GuestLimits) -> Result<SharedTem
             .hint(format!("remove `{key}`")));
     }
     let (path, limits) = (path.clone(), limits.clone());
-    Ok(match guest::read(&path, World::Template, &limits)? {
+    Ok(match guest::of_bytes(&path, bytes, World::Template)? {
         Guest::Component(bytes) => {
             let pre = load_component(&path, &bytes, &limits)?;
             Arc::new(ComponentTemplate { digest: digest(&bytes), blame: Blame::template(&path), limits, pre })
@@ -72,7 +78,7 @@ impl Blame {
     }
 }
 
-fn rows_place(rows: &[Row]) -> Option<String> {
+pub(super) fn rows_place(rows: &[Row]) -> Option<String> {
     match rows {
         [] => None,
         [row] => Some(format!("on row {}", row.id)),
@@ -174,7 +180,7 @@ impl RowTemplate for ComponentRows {
 }
 
 /// How many of `rows` go into one call: at least one.
-fn batch_len(rows: &[Row]) -> usize {
+pub(super) fn batch_len(rows: &[Row]) -> usize {
     let mut bytes = 0;
     let fit = rows.iter().take(MAX_BATCH_ROWS).take_while(|row| {
         bytes += row.cells.iter().map(text_bytes).sum::<usize>();

@@ -26,6 +26,7 @@ use wasmtime_wasi::{I32Exit, WasiCtx};
 
 use super::api::{self, Failure, HostState};
 use super::guest::Blame;
+use super::isolate;
 use super::limits::{PEAKS, Peaks};
 use super::log::SharedLog;
 use super::training::Training;
@@ -82,7 +83,11 @@ fn config() -> Config {
         .concurrency_support(false)
         .shared_memory(false)
         .wasm_features(!FEATURES, false)
-        .cache(cache());
+        .cache(if isolate::is_confined() { None } else { cache() });
+    if isolate::is_confined() {
+        // Every data worker has such a process: one core is its share. And it cannot make files of memory.
+        config.parallel_compilation(false).memory_init_cow(false);
+    }
     config
 }
 
@@ -377,7 +382,7 @@ pub fn explain(blame: &Blame, guest: &mut GuestData, trap: &wasmtime::Error) -> 
         let silent = said.is_empty();
         error.causes.extend(said.into_iter().filter(|line| !line.starts_with("note: run with `RUST_BACKTRACE")));
         let stopped_itself = matches!(trap.downcast_ref(), Some(Trap::UnreachableCodeReached));
-        if stopped_itself && silent && guest.memory.refused.is_none() {
+        if stopped_itself && silent && guest.space.refused.is_none() {
             error = error.hint(
                 "an exception that a JavaScript or Python guest does not catch ends so: catch it, and give back a \
                  failure",

@@ -15,6 +15,12 @@ const NOT_YET: &str = "not available yet";
 const DEVICE: Key = key("device", Type::OneOf(&["cpu", "cuda"]), "cuda", "Where the model runs; `cuda` is ROCm too.");
 const DTYPE: Key = key("dtype", Type::OneOf(&["bf16", "fp32"]), "bf16", "The type of weights and activations.");
 const LIMITS_KEY: Key = key("limits", Type::Section(LIMITS), "{}", "What a guest may use.");
+const ISOLATE: Key = key(
+    "isolate",
+    Type::Bool,
+    "False",
+    "Run templates in processes of their own, with a memory limit and without files, network or devices.",
+);
 const OUTPUT_DIR: &str = "Everything the run writes is below this folder.";
 const CACHE_DIR: Key =
     optional("cache_dir", Type::Text, "Where tokenised rows are kept; by default the user's cache folder.");
@@ -113,6 +119,7 @@ pub const TRAIN: &[Key] = &[
     optional("compat", Type::OneOf(&["torchtune"]), "`torchtune`: its data order, adapters and moments in `dtype`."),
     optional("recipe", Type::Any, "A mapping of settings for the recipe."),
     LIMITS_KEY,
+    ISOLATE,
     CACHE_DIR,
     // Nothing to do here.
     key("compile", Type::Any, "False", "torch.compile.").satisfied(COMPILE_PARTS),
@@ -185,6 +192,7 @@ pub const GENERATE: &[Key] = &[
     DEVICE,
     DTYPE,
     LIMITS_KEY,
+    ISOLATE,
     key("compile", Type::Any, "False", "torch.compile.").satisfied(COMPILE_PARTS),
     optional("quantizer", Type::Component(Role::Quantizer), "Run a quantised model.").class(Class::Refused(NOT_YET)),
     refused("instruct_template", "it is `tokenizer.prompt_template` now"),

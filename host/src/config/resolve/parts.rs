@@ -377,6 +377,7 @@ pub fn limits(root: &Section<'_>) -> Found<GuestLimits> {
         table_elements: section.get("table_elements")?,
         operations: section.get("operations")?,
         seconds: section.get("seconds")?,
+        isolate: root.get("isolate")?,
     })
 }
 

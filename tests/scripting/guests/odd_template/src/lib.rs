@@ -22,6 +22,12 @@ impl Template for Odd {
             "skips" => Err(RowError::Skip("odd".into())),
             "fails" => Err("bad\nrow".into()),
             "trains" => Ok(vec![Message::system(["s"]).train(true), Message::user(["u", "v"]).train(false)]),
+            "hoards" => {
+                let mut held = vec![];
+                loop {
+                    held.push(std::hint::black_box(vec![1u8; 1 << 20]));
+                }
+            }
             text => Ok(vec![Message::user([text])]),
         }
     }
