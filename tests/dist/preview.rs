@@ -23,12 +23,12 @@ fn rows_are_shown_as_the_model_will_see_them() {
     case.write("data/train.jsonl", rows.join("\n"));
     let few = ["dataset.split=train", "tokenizer.max_seq_len=40", "dataset.on_bad_row=skip"];
     assert_snapshot!(preview(&case, &few).stdout, @"
-    data/train.jsonl:1: 35 tokens, 3 carry loss
+    data/train.jsonl:1: 40 tokens, 2 carry loss, cut to `max_seq_len`
     <|begin_of_text|>Summarize this dialogue:
     Say <|eot_id|> �[31mnow.
     ---
     Summary:
-    ⟦small<|end_of_text|>⟧
+    ⟦sm<|end_of_text|>⟧
 
     data/train.jsonl:2: bad: `summary` is null, text is needed
     data/train.jsonl:3: 40 tokens, 0 carry loss, cut to `max_seq_len`

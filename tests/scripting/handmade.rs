@@ -300,6 +300,27 @@ fn what_is_not_to_be_had() {
     ");
 }
 
+/// Names reach the terminal, and are a stranger's.
+#[test]
+fn names() {
+    let named = r#"(func $f (@name "\1b[2J\0aerror: forged") unreachable) (func (export "main") (result i32) (call $f) unreachable)"#;
+    assert_snapshot!(report(&recipe(named)), @"
+    error: recipe `[DIR]/r.wasm` failed before the first step
+    cause: the guest stopped itself (`unreachable`)
+    cause: in `�[2J�error: forged`
+    ");
+    let wants = idle("").replacen("(component", r#"(component (import "\1b[2J\0aforged" (func))"#, 1);
+    assert_snapshot!(report(&wants), @"
+    error: the recipe `[DIR]/r.wasm` wants `�[2J�forged`, which guests do not get
+    hint: a guest may import `host:sdk` only
+    ");
+    assert_snapshot!(report(r#"(component (import "a" (func)) (export "\1b[2J\0aforged" (func 0)))"#), @"
+    error: the component `[DIR]/r.wasm` is not a recipe of host:sdk
+    cause: it exports `�[2J�forged`, not `main`
+    hint: a recipe in Rust ends with `host_sdk::recipe!(…)`
+    ");
+}
+
 #[test]
 fn what_is_no_recipe() {
     assert_snapshot!(report("(component)"), @"

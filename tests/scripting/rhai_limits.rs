@@ -174,3 +174,259 @@ fn depth_fits_a_small_stack() {
     let error = thread.unwrap().join().unwrap();
     assert!(error.contains("Stack overflow") || error.contains("too deep"), "{error}");
 }
+
+/// What Rhai has and a guest does not.
+#[test]
+fn what_is_not_to_be_had() {
+    use insta::assert_snapshot;
+    assert_snapshot!(script_error("sleep(1000000000);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:1
+    cause: no function `sleep (i64)`
+    ");
+    assert_snapshot!(script_error("let now = timestamp();"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:11
+    cause: no function `timestamp ()`
+    ");
+    assert_snapshot!(script_error("exit();"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:1
+    cause: no function `exit ()`
+    ");
+    assert_snapshot!(script_error("parse_json(\"[\");"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:1
+    cause: no function `parse_json (&str | ImmutableString | String)`
+    ");
+    assert_snapshot!(script_error("let b = blob(1000000000);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:9
+    cause: no function `blob (i64)`
+    ");
+    assert_snapshot!(script_error("let f = Fn(\"eval\"); f.call(\"1\");"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:12
+    cause: Syntax error: 'eval' is a reserved keyword
+    ");
+    assert_snapshot!(script_error("let f = |x| x; loop { f = f.curry(f); }"), @"
+    error: cannot read the script `[DIR]/recipe.rhai`
+      --> [DIR]/recipe.rhai:1:29
+    cause: Expecting name of a property
+    ");
+    assert_snapshot!(script_error("let f = || 0; loop { let g = f; f = || g; }"), @"
+    error: cannot read the script `[DIR]/recipe.rhai`
+      --> [DIR]/recipe.rhai:1:40
+    cause: Undefined variable: g
+    hint: a function, `|x| …` too, sees its parameters alone; `const` makes what `global::NAME` reads
+    ");
+    assert_snapshot!(script_error("import \"/etc/passwd\" as p;"), @"
+    error: cannot read the script `[DIR]/recipe.rhai`
+      --> [DIR]/recipe.rhai:1:1
+    cause: 'import' is a reserved keyword
+    ");
+    assert_snapshot!(script_error("let x = open(\"/etc/passwd\");"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:9
+    cause: no function `open (&str | ImmutableString | String)`
+    hint: `open` is used as `host::open()`
+    ");
+    assert_snapshot!(script_error("let x = get_fn_metadata_list();"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:9
+    cause: no function `get_fn_metadata_list ()`
+    ");
+}
+
+#[test]
+fn recursion_by_way_of_the_engine() {
+    use insta::assert_snapshot;
+    assert_snapshot!(script_error("fn f(x) { [x].map(|y| f(y)) }\nf(1);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:15
+    cause: Stack overflow
+    cause: in `map`, called at line 1
+    cause: in `f`, called at line 1
+    cause: in `|…|`, called at line 1
+    cause: in `map`, called at line 1
+    cause: in `f`, called at line 1
+    cause: in `|…|`, called at line 1
+    cause: in `map`, called at line 1
+    cause: in `f`, called at line 1
+    ");
+    assert_snapshot!(script_error("fn f(x) { let a = [2, 1]; a.sort(|p, q| { f(p); 0 }); }\nf(1);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+    cause: it returned without taking a step, so nothing is trained
+    hint: take steps until `run.next_step()` gives none
+    ");
+    assert_snapshot!(script_error("fn f(x) { let g = Fn(\"f\"); g.call(x) }\nf(1);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:2:1
+    cause: Stack overflow
+    ");
+    assert_snapshot!(script_error("fn f(x) { try { f(x); } catch (e) { f(x); } }\nf(1);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:2:1
+    cause: Stack overflow
+    ");
+}
+
+#[test]
+fn loops_of_every_kind() {
+    for text in [
+        "for i in 0..9223372036854775807 { }",
+        "while true { try { throw 1; } catch { } }",
+        "do { } until false;",
+        "loop { host::log(\"x\"); }",
+        "loop { print(\"x\"); debug(\"y\"); }",
+        "fn f() { loop { } } f();",
+        "[1].map(|x| { loop { } });",
+        "[1, 2].sort(|x, y| { loop { } });",
+        "let run = host::open(); loop { try { run.config(\"none\"); } catch { } }",
+        "let run = host::open(); loop { try { host::open(); } catch { } }",
+        "let run = host::open(); loop { let m = run.model; }",
+        "let run = host::open(); let s = run.next_step(); let t = s.next_batch().labels(); loop { t.detach(); }",
+    ] {
+        let report = script_error(text);
+        assert!(report.contains("cause: the guest computed for more than 0.4 s"), "{text}: {report}");
+    }
+}
+
+#[test]
+fn names_that_mislead() {
+    use insta::assert_snapshot;
+    assert_snapshot!(script_error("let h\u{43e}st = 1;"), @"
+    error: cannot read the script `[DIR]/recipe.rhai`
+      --> [DIR]/recipe.rhai:1:6
+    cause: Unexpected 'о'
+    ");
+    assert_snapshot!(script_error("let a\u{202e}b = 1;"), @"
+    error: cannot read the script `[DIR]/recipe.rhai`
+      --> [DIR]/recipe.rhai:1:6
+    cause: Unexpected '�'
+    ");
+    assert_snapshot!(script_error("fn print(text) { }"), @"
+    error: cannot read the script `[DIR]/recipe.rhai`
+      --> [DIR]/recipe.rhai:1:4
+    cause: 'print' is a reserved keyword
+    ");
+    assert_snapshot!(script_error("fn log(text) { throw \"mine\"; }\nhost::log(\"the host's\");"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+    cause: it returned without taking a step, so nothing is trained
+    hint: take steps until `run.next_step()` gives none
+    ");
+    assert_snapshot!(script_error("throw #{ message: \"\\x1b[2Jforged\\nerror: x\", hint: \"\\x1b]0;title\\x07\" };"), @"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:1
+    cause: �[2Jforged�error: x
+    hint: �]0;title�
+    ");
+    assert_snapshot!(script_error("throw #{ code: 1 };"), @r#"
+    error: recipe `[DIR]/recipe.rhai` failed before the first step
+      --> [DIR]/recipe.rhai:1:1
+    cause: the script threw #{"code": 1}
+    "#);
+}
+
+#[test]
+fn turns_out_of_order() {
+    use insta::assert_snapshot;
+    let begun = "let run = host::open(); let step = run.next_step(); let batch = step.next_batch();\n";
+    let after = |text: &str| script_error(&format!("{begun}{text}"));
+    let finished = "while step.next_batch() != () { }\nstep.finish();\n";
+    assert_snapshot!(after("run.next_step();"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:5
+    cause: the step before this one is not finished
+    hint: call `step.finish()` when all its batches are done
+    ");
+    assert_snapshot!(after("step.finish();"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:6
+    cause: the step has batches that were not taken
+    hint: take batches until `step.next_batch()` gives none, then finish
+    ");
+    assert_snapshot!(after(&format!("{finished}step.finish();")), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:4:6
+    cause: this step is finished
+    hint: take the next one with `run.next_step()`
+    ");
+    assert_snapshot!(after(&format!("{finished}run.model.loss(batch);")), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:4:11
+    cause: this batch went with its step, which is finished
+    hint: use a batch before `step.finish()`
+    ");
+    assert_snapshot!(after(&format!("let l = run.model.loss(batch);\n{finished}l.sum.item();")), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:5:7
+    cause: this tensor of shape [] went with its step, which is finished
+    hint: read what is needed later as a number, with `item()`, before `step.finish()`
+    ");
+    assert_snapshot!(after("step.next_batch(); run.model.loss(batch);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:30
+    cause: this batch went when the next one was asked for
+    hint: finish with a batch before calling `step.next_batch()` again
+    ");
+    assert_snapshot!(after("let l = run.model.loss(batch); step.backward(l.sum, 0);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:37
+    cause: the weight of a loss must be a finite number above 0, not 0
+    hint: pass what the sum is summed over: `batch.num_labels` for a loss over label tokens
+    ");
+    assert_snapshot!(after("let l = run.model.loss(batch); step.backward(l.sum, 1.0 / 0.0);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:37
+    cause: the weight of a loss must be a finite number above 0, not inf
+    hint: pass what the sum is summed over: `batch.num_labels` for a loss over label tokens
+    ");
+    assert_snapshot!(after("let l = run.model.loss(batch); step.backward(l.sum, l.weight); step.backward(l.sum, l.weight);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:69
+    cause: `backward` went through what led to this sum before
+    hint: add the sums of a batch up, then call `backward` once
+    ");
+}
+
+/// Numbers that make no tensor.
+#[test]
+fn sizes_that_are_none() {
+    use insta::assert_snapshot;
+    let begun = "let run = host::open(); let step = run.next_step(); let t = run.model.logits(step.next_batch());\n";
+    let after = |text: &str| script_error(&format!("{begun}{text}"));
+    assert_snapshot!(after("t.reshape([1 << 40]);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:3
+    cause: `reshape`: a tensor of shape [7, 11] does not fit the shape [1099511627776]
+    hint: one size may be -1, for what is left
+    ");
+    assert_snapshot!(after("t.reshape([-1, -1]);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:3
+    cause: `reshape`: a tensor of shape [7, 11] does not fit the shape [-1, -1]
+    hint: one size may be -1, for what is left
+    ");
+    assert_snapshot!(after("t.expand([1 << 40, 7, 11]);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:3
+    cause: `expand` would make a tensor of shape [1099511627776, 7, 11], and a guest's may have at most 2147483648 elements
+    ");
+    assert_snapshot!(after("t.narrow(0, 0, 1 << 62);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:3
+    cause: `narrow`: 4611686018427387904 from 0 on is more than dimension 0 of [7, 11] has
+    ");
+    assert_snapshot!(after("t.sum_dim(9223372036854775807);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:3
+    cause: `sum_dim` over dimension 9223372036854775807, but shape [7, 11] has dimensions -2 to 1
+    ");
+    assert_snapshot!(after("t.gather(-1, t);"), @"
+    error: recipe `[DIR]/recipe.rhai` failed at step 1
+      --> [DIR]/recipe.rhai:2:3
+    cause: `gather` needs an index of integers, such as `batch.labels()`, not floats [7, 11]
+    hint: `to_int()` makes integers
+    ");
+}

@@ -157,7 +157,11 @@ impl Training for Linear {
     fn backward(&mut self, sum: &Tensor, weight: f64) -> host::Result<()> {
         self.record.lock().unwrap().losses.push(sum.double_value(&[]) / weight);
         self.weight += weight;
-        sum.f_backward().map_err(|error| host::Error::bug(error.to_string()))
+        let failed = |error: tch::TchError| {
+            let text = error.to_string();
+            host::Error::run("cannot compute gradients").cause(text.lines().next().unwrap_or_default())
+        };
+        sum.f_backward().map_err(failed)
     }
 
     fn finish_step(&mut self) -> host::Result<()> {

@@ -358,6 +358,21 @@ impl HostState {
     }
 }
 
+/// A second way back through one graph is the guest's mistake, which only torch notices.
+fn twice(error: HostError) -> HostError {
+    let is_second = |failure: &Failure| match failure {
+        Failure::Run(error) => error.causes.iter().any(|cause| cause.contains("through the graph a second time")),
+        Failure::Guest(_) => false,
+    };
+    match error {
+        HostError::End(failure) if is_second(&failure) => {
+            HostError::guest(types::Code::Invalid, "`backward` went through what led to this sum before")
+                .hint("add the sums of a batch up, then call `backward` once")
+        }
+        error => error,
+    }
+}
+
 /// A front passed a number that no slot has.
 pub(super) fn unknown_handle() -> HostError {
     host::Error::bug("a guest holds a handle that the host does not know").into()
@@ -597,7 +612,7 @@ impl training::HostStep for HostState {
             .hint("build it from `model.loss(batch)` or `model.logits(batch)`, without `detach`"));
         }
         let sum = sum.shallow_clone();
-        self.in_training(|training| training.backward(&sum, weight))?;
+        self.in_training(|training| training.backward(&sum, weight)).map_err(twice)?;
         self.count_tensors();
         Ok(())
     }

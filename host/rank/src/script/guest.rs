@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use super::api::types;
+use super::log::clean_line;
 use host::config::limits::{COMPONENT_DEPTH, GuestLimits, SCRIPT_BYTES};
 use host::error::quoted;
 use host::{Error, Result};
@@ -139,7 +140,7 @@ pub fn of_bytes(path: &Path, bytes: Vec<u8>, world: World) -> Result<Guest> {
     }
 }
 
-/// The names a component imports and exports.
+/// The names a component imports and exports, as they may be shown.
 #[derive(Default)]
 struct Surface {
     imports: Vec<String>,
@@ -163,13 +164,13 @@ fn surface(bytes: &[u8]) -> std::result::Result<Surface, wasmparser::BinaryReade
                     let import = import?;
                     // A type that the world uses stands there by its bare name; it asks for nothing.
                     if !matches!(import.ty, ComponentTypeRef::Type(_)) {
-                        surface.imports.push(import.name.name.to_string());
+                        surface.imports.push(clean_line(import.name.name));
                     }
                 }
             }
             Payload::ComponentExportSection(section) if depth == 0 => {
                 for export in section {
-                    surface.exports.push(export?.name.name.to_string());
+                    surface.exports.push(clean_line(export?.name.name));
                 }
             }
             _ => {}

@@ -23,7 +23,7 @@ use host::{Error, Result};
 use rhai::module_resolvers::DummyModuleResolver;
 use rhai::{
     AST, Array, Dynamic, Engine, EvalAltResult, FuncRegistration, ImmutableString, Map, Module, NativeCallContext,
-    OptimizationLevel, ParseError, Position, RhaiNativeFunc, Scope,
+    OptimizationLevel, ParseError, ParseErrorType, Position, RhaiNativeFunc, Scope,
 };
 use wasmtime::component::Resource;
 
@@ -454,9 +454,15 @@ pub fn run_recipe(
 
 pub fn parse(path: &Path, text: &str, engine: &Engine) -> Result<AST> {
     engine.compile(text).map_err(|ParseError(kind, position)| {
-        Error::config(format!("cannot read the script `{}`", path.display()))
+        let error = Error::config(format!("cannot read the script `{}`", path.display()))
             .at(path, position.line(), position.position())
-            .cause(kind.to_string())
+            .cause(super::log::clean_line(&kind.to_string()));
+        match *kind {
+            // It is there, but elsewhere.
+            ParseErrorType::VariableUndefined(name) if text.contains(&format!("let {name} ")) => error
+                .hint("a function, `|x| …` too, sees its parameters alone; `const` makes what `global::NAME` reads"),
+            _ => error,
+        }
     })
 }
 
@@ -475,7 +481,10 @@ pub fn explain(blame: &Blame, state: &mut HostState, error: &EvalAltResult) -> E
     if let Some(line) = position.line() {
         report = report.at(&blame.path, Some(line), position.position());
     }
-    for (name, position) in calls {
+    const MOST_CALLS: usize = 8;
+    for (name, position) in calls.into_iter().take(MOST_CALLS) {
+        // Rhai numbers those without a name.
+        let name = if name.starts_with("anon$") { "|…|" } else { name };
         report = report.cause(format!("in `{name}`, called at line {}", position.line().unwrap_or_default()));
     }
     report

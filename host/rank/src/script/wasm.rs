@@ -28,7 +28,7 @@ use super::api::{self, Failure, HostState};
 use super::guest::Blame;
 use super::isolate;
 use super::limits::{PEAKS, Peaks};
-use super::log::SharedLog;
+use super::log::{SharedLog, clean_line};
 use super::training::Training;
 
 const EPOCH: Duration = Duration::from_millis(10);
@@ -434,7 +434,7 @@ fn add_frames(mut error: Error, trap: &wasmtime::Error) -> Error {
         for symbol in frame.symbols() {
             let name = symbol.name().or(frame.func_name()).unwrap_or("?");
             let line = symbol.line().map(|line| line as usize);
-            frames.push((plain_symbol(name), symbol.file().map(|file| (file.to_string(), line))));
+            frames.push((plain_symbol(name), symbol.file().map(|file| (clean_line(file), line))));
         }
     }
     frames.retain(|(name, place)| !is_runtime_frame(name, place.as_ref().map(|(file, _)| file.as_str())));
@@ -485,8 +485,9 @@ fn is_runtime_frame(name: &str, file: Option<&str>) -> bool {
         || NAMES.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// A symbol without the hash that Rust's older mangling ends it with.
+/// A symbol as it may be shown, without the hash that Rust's older mangling ends it with.
 fn plain_symbol(name: &str) -> String {
+    let name = &clean_line(name);
     match name.rsplit_once("::h") {
         Some((path, hash)) if hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) => path.to_string(),
         _ => name.to_string(),
