@@ -211,39 +211,39 @@ fn a_loss_is_given_its_own_keys_and_no_others() {
 #[test]
 fn a_recipe_has_keys_at_the_top_of_a_config() {
     let case = Case::new();
-    let recipe = "//! ```toml\n//! [keys.kd_ratio]\n//! type = \"num\"\n//! default = 0.5\n//! max = 1.0\n//! ```\n";
+    let recipe = "//! ```toml\n//! [keys.kl_share]\n//! type = \"num\"\n//! default = 0.5\n//! max = 1.0\n//! ```\n";
     case.write("own.rhai", recipe);
-    assert_snapshot!(case.validate(&["kd_ratio=0.1"]), @"
+    assert_snapshot!(case.validate(&["kl_share=0.1"]), @"
     exit 2
     --- stderr
-    error: unknown key `kd_ratio`
+    error: unknown key `kl_share`
       --> command line
-    hint: keys of the config: output_dir, tokenizer, dataset, dataset_val, run_val_every_n_steps, seed, shuffle, batch_size, gradient_accumulation_steps, epochs, max_steps_per_epoch, model, checkpointer, resume_from_checkpoint, resume_from, save_adapter_weights_only, save_every_n_steps, optimizer, lr_scheduler, loss, clip_grad_norm, device, dtype, metric_logger, log_every_n_steps, log_peak_memory_stats, log_level, layout, tokens_per_microbatch, compat, recipe, limits, cache_dir, profiler
+    hint: keys of the config: output_dir, tokenizer, dataset, dataset_val, run_val_every_n_steps, seed, shuffle, batch_size, gradient_accumulation_steps, epochs, max_steps_per_epoch, model, checkpointer, resume_from_checkpoint, resume_from, save_adapter_weights_only, save_every_n_steps, optimizer, lr_scheduler, loss, ref_checkpointer, teacher_model, teacher_checkpointer, kd_loss, kd_ratio, clip_grad_norm, device, dtype, metric_logger, log_every_n_steps, log_peak_memory_stats, log_level, layout, tokens_per_microbatch, compat, recipe, limits, isolate, cache_dir, profiler
     ");
-    assert_snapshot!(case.validate(&["--recipe", "own.rhai", "kd_ratio=0.1"]), @"
+    assert_snapshot!(case.validate(&["--recipe", "own.rhai", "kl_share=0.1"]), @"
     exit 0
     --- stdout
     Config is well-formed!
     ");
-    assert_snapshot!(case.validate(&["--recipe", "own.rhai", "kd_ratio=3", "recipe.kd_ratio=1"]), @"
+    assert_snapshot!(case.validate(&["--recipe", "own.rhai", "kl_share=3", "recipe.kl_share=1"]), @"
     exit 2
     --- stderr
     error: the recipe `own.rhai` names its keys, and reads no `recipe`
       --> command line
-    hint: set them at the top of the config: `kd_ratio`
+    hint: set them at the top of the config: `kl_share`
 
-    error: `kd_ratio` must be a number, at most 1.0, found the number `3`
+    error: `kl_share` must be a number, at most 1.0, found the number `3`
       --> command line
     ");
-    assert_snapshot!(case.validate(&["--recipe", "own.rhai", "kd_rati=0.3"]), @"
+    assert_snapshot!(case.validate(&["--recipe", "own.rhai", "kl_shar=0.3"]), @"
     exit 2
     --- stderr
-    error: unknown key `kd_rati`
+    error: unknown key `kl_shar`
       --> command line
-    hint: did you mean `kd_ratio`?
+    hint: did you mean `kl_share`?
     ");
     let json = case.validate(&["--json", "--recipe", "own.rhai"]);
-    assert!(json.contains("kd_ratio: 0.5\\n"), "{json}");
+    assert!(json.contains("kl_share: 0.5\\n"), "{json}");
     case.write("own.rhai", "//! ```toml\n//! [keys.seed]\n//! type = \"int\"\n//! ```\n");
     assert_snapshot!(case.validate(&["--recipe", "own.rhai"]), @"
     exit 2

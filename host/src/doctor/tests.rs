@@ -54,9 +54,9 @@ fn a_healthy_machine_is_described_without_findings() {
     host       0.1.0, /opt/host/host
     host-rank  0.1.0, /opt/host/host-rank
     guests     host:sdk 0.0.3
-    limits     limits.memory_mb=256 limits.tensors_mb=32768 limits.handles=20000 limits.hostcall_mb=32
-               limits.guest_mb=10 limits.compile_mb=2048 limits.compile_seconds=60.0 limits.log_lines=10000
-               limits.memories=4 limits.instances=32 limits.tables=32 limits.table_elements=100000
+    limits     limits.guest_mb=10 limits.memory_mb=256 limits.tensors_mb=32768 limits.handles=20000
+               limits.hostcall_mb=32 limits.compile_mb=2048 limits.compile_seconds=60.0 limits.log_lines=10000
+               limits.memories=4 limits.instances=64 limits.tables=32 limits.table_elements=100000
                limits.operations=10000000000 limits.seconds=30.0
                components: 512 KiB of stack, 32 in each other, log lines of 1024 bytes
                scripts: 1024 KiB long, strings of memory_mb / 256, arrays of 65536, maps of 4096, 32 calls and 64 expressions deep (32 in functions), 256 variables, 256 functions

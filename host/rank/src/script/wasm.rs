@@ -230,8 +230,11 @@ pub fn compile(path: &Path, bytes: &[u8], limits: &GuestLimits) -> Result<Compon
 /// What the process takes of the machine's memory.
 fn resident_bytes() -> usize {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let pages: usize = text.split_whitespace().nth(1).and_then(|pages| pages.parse().ok()).unwrap_or(0);
-    pages * rustix::param::page_size()
+    match text.split_whitespace().nth(1).and_then(|pages| pages.parse::<usize>().ok()) {
+        Some(pages) => pages * rustix::param::page_size(),
+        // A confined process sees no file; its memory is limited as a whole.
+        None => 0,
+    }
 }
 
 /// What an import list that passed cannot tell: whether the types agree.
