@@ -100,12 +100,13 @@ fn space() {
     assert_snapshot!(report(&recipe(grows)), @"
     error: recipe `[DIR]/r.wasm` failed before the first step
     cause: the guest stopped itself (`unreachable`)
+    hint: an exception that a JavaScript or Python guest does not catch ends so: catch it, and give back a failure
     ");
     let modules = format!("(core module $e) (core module $m (memory (export \"memory\") 1) {IDLE})");
-    let instances = format!("{}(core instance $i (instantiate $m))", "(core instance (instantiate $e))".repeat(40));
+    let instances = format!("{}(core instance $i (instantiate $m))", "(core instance (instantiate $e))".repeat(80));
     assert_snapshot!(report(&component(&modules, &instances)), @"
     error: recipe `[DIR]/r.wasm` failed before the first step
-    cause: resource limit exceeded: instance count too high at 33
+    cause: resource limit exceeded: instance count too high at 65
     hint: `limits.instances` raises the limit
     ");
 }
@@ -308,6 +309,7 @@ fn names() {
     error: recipe `[DIR]/r.wasm` failed before the first step
     cause: the guest stopped itself (`unreachable`)
     cause: in `�[2J�error: forged`
+    hint: an exception that a JavaScript or Python guest does not catch ends so: catch it, and give back a failure
     ");
     let wants = idle("").replacen("(component", r#"(component (import "\1b[2J\0aforged" (func))"#, 1);
     assert_snapshot!(report(&wants), @"

@@ -358,7 +358,7 @@ fn turns_out_of_order() {
     cause: this batch went with its step, which is finished
     hint: use a batch before `step.finish()`
     ");
-    assert_snapshot!(after(&format!("let l = run.model.loss(batch);\n{finished}l.sum.item();")), @"
+    assert_snapshot!(after(&format!("let l = run.model.loss(batch);\n{finished}l.sum.item(\"local\");")), @"
     error: recipe `[DIR]/recipe.rhai` failed at step 1
       --> [DIR]/recipe.rhai:5:7
     cause: this tensor of shape [] went with its step, which is finished
