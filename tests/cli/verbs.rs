@@ -298,6 +298,7 @@ fn ls_lists_what_is_there() {
                                             smollm2/135M_generate
 
     NAME                                    ABOUT
+    lora_dpo_distributed (recipe)           Direct preference optimisation (DPO), on any number of ranks: the better of two answers becomes more likely
     knowledge_distillation_distributed (recipe) Knowledge distillation, on any number of ranks: the model learns its data and, token by token, what a larger one would say
     generate (recipe)                       writes a continuation of one prompt
     alpaca (template)                       An instruction, perhaps with an input, and its answer, in Alpaca's words (torchtune's `AlpacaInstructTemplate`)

@@ -66,4 +66,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+host_sdk::metadata! {r#"
+description = "Direct preference optimisation (DPO), on any number of ranks: the better of two answers becomes more likely"
+"#}
+
 host_sdk::recipe!(main);
