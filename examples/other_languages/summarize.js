@@ -14,6 +14,6 @@ function outcome({ cells: [conversation] }) {
 }
 
 export const rows = {
-  configure: (columns) => ["messages"],
+  configure: (settings, columns) => ["messages"],
   render: (rows) => rows.map(outcome),
 };

@@ -18,7 +18,7 @@ def outcome(row):
 
 
 class Rows(exports.Rows):
-    def configure(self, columns):
+    def configure(self, settings, columns):
         return ["messages"]
 
     def render(self, rows):

@@ -209,6 +209,57 @@ fn a_loss_is_given_its_own_keys_and_no_others() {
 }
 
 #[test]
+fn a_template_is_given_its_own_keys_wherever_it_is_named() {
+    let case = Case::new();
+    let keys = "[keys.language]\ntype = \"text\"\nrequired = true\n[keys.share]\ntype = \"num\"\ndefault = 1\n";
+    let metadata: String = keys.lines().map(|line| format!("//! {line}\n")).collect();
+    case.write("own.rhai", format!("//! ```toml\n{metadata}//! ```\nfn render(row, settings) {{ [] }}\n"));
+    assert_snapshot!(case.validate(&["tokenizer.prompt_template=own.rhai"]), @"
+    exit 2
+    --- stderr
+    error: the key `tokenizer.prompt_template.language` is missing
+      --> command line
+    hint: `tokenizer.prompt_template.language` is a text
+    ");
+    let wrong = "tokenizer.prompt_template={_component_: own.rhai, language: de, share: all, sharp: 1}";
+    assert_snapshot!(case.validate(&[wrong]), @"
+    exit 2
+    --- stderr
+    error: unknown key `tokenizer.prompt_template.sharp`
+      --> command line
+    hint: did you mean `tokenizer.prompt_template.share`?
+
+    error: `tokenizer.prompt_template.share` must be a number, found the text `all`
+      --> command line
+    ");
+    let right = "tokenizer.prompt_template={_component_: own.rhai, language: de}";
+    let json = case.validate(&["--json", right]);
+    let value: serde_json::Value = serde_json::from_str(json.strip_prefix("exit 0\n--- stdout\n").unwrap()).unwrap();
+    let settings = &value["plan"]["train"]["tokenizer"]["prompt_template"]["settings"];
+    assert_snapshot!(settings, @r#"{"language":"de","share":1.0}"#);
+    // Of one that names none nothing is known, but that they are single values; names of ours take none.
+    case.write("own.rhai", "fn render(row, settings) { [] }");
+    assert_snapshot!(case.validate(&["tokenizer.prompt_template={_component_: own.rhai, a: 1, b: [2], c: .inf}"]), @"
+    exit 2
+    --- stderr
+    error: `tokenizer.prompt_template.b` must be a text, a flag or a finite number, found a list
+      --> command line
+    hint: a guest's settings are single values
+
+    error: `tokenizer.prompt_template.c` must be a text, a flag or a finite number, found the number `.inf`
+      --> command line
+    hint: a guest's settings are single values
+    ");
+    assert_snapshot!(case.validate(&["tokenizer.prompt_template={_component_: SummarizeTemplate, a: 1}"]), @"
+    exit 2
+    --- stderr
+    error: `tokenizer.prompt_template.a`: `SummarizeTemplate` takes no settings
+      --> command line
+    hint: copy the template with `host cp` and change the copy
+    ");
+}
+
+#[test]
 fn a_recipe_has_keys_at_the_top_of_a_config() {
     let case = Case::new();
     let recipe = "//! ```toml\n//! [keys.kl_share]\n//! type = \"num\"\n//! default = 0.5\n//! max = 1.0\n//! ```\n";

@@ -89,9 +89,8 @@ fn what_a_guest_says_of_itself() {
     assert_eq!(keys("guests/focal.wasm"), keys("examples/own_loss/focal.rhai"));
     case.write("t.rhai", "//! ```toml\n//! [keys.shout]\n//! type = \"flag\"\n//! ```\nfn render(row) { [] }\n");
     assert_snapshot!(check(&case, "t.rhai").stderr, @"
-    error: the template `t.rhai` names the key `shout`
-    cause: templates of host:sdk 0.0.3 take no settings
-    hint: remove `[keys.shout]`
+    error: the template `t.rhai` names the key `shout`, and is not given it
+    hint: define `fn render(row, settings)`, or remove `[keys.shout]`
     ");
 }
 

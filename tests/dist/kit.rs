@@ -293,7 +293,7 @@ fn the_guide_does_what_it_says() {
     for said in [
         "one_line/one_line.rhai: a template",
         "3 rows are written to `one_line/tests/rows.jsonl`",
-        "\"skip\":\"the answer has more than a line\"",
+        "\"skip\":\"the answer has more lines\"",
         "⟦",
         "one_line_rust.wasm: a template, Wasm component",
         "gamma = 2.0: a number, at least 0.0; how much less; 0 is cross-entropy",

@@ -150,11 +150,10 @@ fn script_with_a_syntax_error() {
 
 #[test]
 fn template_with_settings() {
-    let guest = GuestRef { settings: json!({"language": "de"}), ..guest("templates/summarize.wasm") };
+    let guest = GuestRef { settings: json!({"language": "de"}), ..guest("templates/summarize.rhai") };
     let Err(error) = open_template(&guest, &GuestLimits::default()) else { panic!("settings are refused") };
-    insta::assert_snapshot!(error, @r#"
-    error: the template `templates/summarize.wasm` was given `language`
-    cause: templates of host:sdk 0.0.3 take no settings
-    hint: remove `language`
-    "#);
+    insta::assert_snapshot!(error, @"
+    error: the template `templates/summarize.rhai` takes no settings, and was given `language`
+    hint: define `fn render(row, settings)` to take them, or remove the keys
+    ");
 }

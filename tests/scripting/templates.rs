@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use host::config::plan::{GuestLimits, MessageFormat, TokenizerPlan};
+use host::config::plan::{GuestLimits, GuestRef, MessageFormat, TokenizerPlan};
 use host::data::Encoder;
 use host::data::template::{Cell, MESSAGES, Message, Outcome, Role, Row, RowTemplate};
 use host::tokenizer::Tokenizer;
 use host_rank::script::open_template;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::support::{guest, tight};
 
@@ -214,6 +214,40 @@ fn a_template_chooses_its_columns() {
     "#);
 }
 
+#[test]
+fn both_fronts_have_settings() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("t.rhai");
+    let text = "fn configure(columns, settings) { [if settings.shout { \"b\" } else { \"a\" }] }
+                fn render(row, settings) { [user([settings.before, row.values()[0]])] }";
+    std::fs::write(&script, text).unwrap();
+    let opened = |path: &str, settings: serde_json::Value| {
+        let guest = GuestRef { settings, ..guest(path) };
+        open_template(&guest, &tight())
+    };
+    let (script, component) = (script.to_str().unwrap(), "target/guests/odd_template.wasm");
+    for (path, column) in [(script, "b"), (component, "input")] {
+        let shared = opened(path, json!({"before": "so: ", "shout": true})).unwrap();
+        let mut template = shared.open().unwrap();
+        assert_eq!(template.configure(&["a", "b"].map(String::from)).unwrap(), [column]);
+        let kept = template.render(vec![row(1, &[Some("in")])]).unwrap();
+        assert_eq!(kept, [Outcome::Keep(vec![message(Role::User, &["so: ", "in"], None)])]);
+        // Tokens of other settings are others.
+        assert_ne!(shared.digest(), opened(path, json!({"before": "", "shout": true})).unwrap().digest());
+    }
+    let list = opened(component, json!({"before": ["a"]})).err().unwrap();
+    insta::assert_snapshot!(list, @r#"
+    error: `before` of the template `target/guests/odd_template.wasm` is ["a"]
+    hint: a guest's settings are single values: a text, a flag or a number
+    "#);
+    let mut wrong = opened(component, json!({"before": 3})).unwrap().open().unwrap();
+    insta::assert_snapshot!(wrong.configure(&["a".into()]).unwrap_err(), @"
+    error: template `target/guests/odd_template.wasm` failed on the columns a
+      --> tests/scripting/guests/odd_template/src/lib.rs:12
+    cause: `before` must be a text
+    ");
+}
+
 /// `examples/own_template`: questions, answers, rows without an answer to learn, and prompts.
 #[test]
 fn the_example_asks_for_keywords() {
@@ -265,12 +299,12 @@ fn a_component_says_what_became_of_a_row() {
 fn a_component_that_panics_repeats_its_first_error() {
     let mut template = open("target/guests/odd_template.wasm", &tight(), &["input"]).unwrap();
     let error = template.render(vec![row(7, &[Some("text")]), row(8, &[Some("panics")])]).unwrap_err();
-    insta::assert_snapshot!(error, @r#"
+    insta::assert_snapshot!(error, @"
     error: template `target/guests/odd_template.wasm` failed on rows 7 to 8
-      --> tests/scripting/guests/odd_template/src/lib.rs:21
-    cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:21:25:
+      --> tests/scripting/guests/odd_template/src/lib.rs:24
+    cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:24:25:
     cause: row 8 is odd
-    "#);
+    ");
     let again = template.render(vec![row(9, &[Some("text")])]).unwrap_err();
     assert_eq!(again.to_string(), error.to_string());
 }
@@ -278,23 +312,23 @@ fn a_component_that_panics_repeats_its_first_error() {
 #[test]
 fn a_component_that_loops_is_ended() {
     let mut template = open("target/guests/odd_template.wasm", &tight(), &["input"]).unwrap();
-    insta::assert_snapshot!(template.render(vec![row(7, &[Some("loops")])]).unwrap_err(), @r#"
+    insta::assert_snapshot!(template.render(vec![row(7, &[Some("loops")])]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on row 7
-      --> tests/scripting/guests/odd_template/src/lib.rs:19
+      --> tests/scripting/guests/odd_template/src/lib.rs:22
     cause: the guest computed for more than 0.4 s without a turn of its loop
     hint: look for a loop that does not end; work on many numbers belongs into tensor operations
-    "#);
+    ");
 }
 
 #[test]
 fn a_component_may_refuse_its_columns() {
     let Err(error) = open("target/guests/odd_template.wasm", &tight(), &["refused"]) else { panic!("it refuses") };
-    insta::assert_snapshot!(error, @r#"
+    insta::assert_snapshot!(error, @"
     error: template `target/guests/odd_template.wasm` failed on the columns refused
-      --> tests/scripting/guests/odd_template/src/lib.rs:11
+      --> tests/scripting/guests/odd_template/src/lib.rs:14
     cause: column `refused` is refused
     hint: rename it
-    "#);
+    ");
 }
 
 #[test]

@@ -18,7 +18,7 @@ Examples:
 
 The rows of a template or a loss are in `tests/rows.jsonl` of its folder, an object a line:
   {\"row\": {\"input\": \"…\", \"output\": \"…\"}, \"messages\": [{\"role\": \"user\", \"parts\": [\"…\"]}]}
-  {\"row\": {…}, \"skip\": \"why it is left out\"}, or \"fail\"
+  {\"row\": {…}, \"settings\": {…}, \"skip\": \"why it is left out\"}, or \"fail\"
   {\"logits\": [[1.0, 2.0]], \"labels\": [1], \"settings\": {…}, \"sum\": 0.31, \"weight\": 1.0}
 A loss is also held to what every run asks of it: it has a gradient, and comes to the same however its
 labels are spread over batches. A recipe takes three steps with a tiny model.";

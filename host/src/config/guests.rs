@@ -1,6 +1,6 @@
 //! The keys that guests read of a config, held against what the guests say of themselves.
 //!
-//! A loss reads the keys of its own section, a recipe those that it names at the top of the config. A guest that names keys
+//! A loss and a template read the keys of their own section, a recipe those that it names at the top of the config. A guest that names keys
 //! is given all of them, each of its type: what the config leaves out has its default, or is null. Of one that names none
 //! nothing is known, and any setting goes through.
 
@@ -12,6 +12,12 @@ use super::verify::join;
 use super::yaml::{Entry, Mark, Node, Tree};
 use super::{Config, suggest, yaml};
 use crate::error::{Error, Result, quoted};
+
+const COMPONENT: &str = "_component_";
+/// Sections that are guests' or hold them.
+const NAMES_GUESTS: [&str; 4] = ["loss", "tokenizer", "dataset", "dataset_val"];
+/// Keys of data sets and tokenizers that name a template.
+const TEMPLATE_KEYS: [&str; 3] = ["prompt_template", "template", "chat_format"];
 
 impl Config {
     /// The config with every key that its guests read, for a recipe; an empty path when there is none yet. What is wrong
@@ -29,14 +35,36 @@ impl Config {
                 Err(error) => config.mistakes.push(error),
             }
         }
-        let loss = config.root.at("loss._component_").and_then(Node::as_str);
-        if let Some(loss) = loss.filter(|name| registry::is_guest_path(name)) {
-            match metadata(Path::new(loss)) {
-                Ok(metadata) => config.loss(&metadata),
-                Err(error) => config.mistakes.push(error),
-            }
-        }
+        let root = std::mem::replace(&mut config.root, Node::map(Mark::CommandLine));
+        config.root = config.sections_of_guests(root, "", metadata);
         config
+    }
+
+    /// A tree in which the section of every loss and template, wherever it is, has the keys of its guest.
+    fn sections_of_guests(&mut self, mut node: Node, path: &str, metadata: &dyn Fn(&Path) -> Result<Metadata>) -> Node {
+        let children: Vec<(String, &mut Node)> = match &mut node.tree {
+            Tree::Map(entries) => entries.iter_mut().map(|entry| (entry.key.clone(), &mut entry.value)).collect(),
+            Tree::List(items) => items.iter_mut().enumerate().map(|(index, item)| (index.to_string(), item)).collect(),
+            _ => vec![],
+        };
+        for (key, child) in children {
+            // What a recipe reads is its own.
+            if path.is_empty() && !NAMES_GUESTS.contains(&key.as_str()) {
+                continue;
+            }
+            let path = join(path, &key);
+            let taken = std::mem::replace(child, Node::map(Mark::CommandLine));
+            *child = match guest_of(&key, &taken).map(|guest| metadata(Path::new(guest))) {
+                Some(Ok(metadata)) if metadata.keys.is_empty() => taken,
+                Some(Ok(metadata)) => self.section_of_guest(taken, &path, &metadata),
+                Some(Err(error)) => {
+                    self.mistakes.push(error);
+                    taken
+                }
+                None => self.sections_of_guests(taken, &path, metadata),
+            };
+        }
+        node
     }
 
     fn recipe(&mut self, recipe: &Path, host: &'static [HostKey], metadata: &Metadata) {
@@ -61,29 +89,24 @@ impl Config {
         self.root = self.filled(root, "", &metadata.keys);
     }
 
-    fn loss(&mut self, metadata: &Metadata) {
-        if metadata.keys.is_empty() {
-            return;
+    fn section_of_guest(&mut self, mut section: Node, path: &str, metadata: &Metadata) -> Node {
+        // A template's path alone is a section without keys.
+        if !section.is_map() {
+            let mark = section.mark;
+            let name = std::mem::replace(&mut section, Node::map(mark));
+            section.tree = Tree::Map(vec![Entry { key: COMPONENT.to_owned(), key_mark: mark, value: name }]);
         }
-        let Tree::Map(entries) = &mut self.root.tree else { return };
-        let Some(loss) = entries.iter_mut().find(|entry| entry.key == "loss") else { return };
-        let section = std::mem::replace(&mut loss.value, Node::map(Mark::CommandLine));
-        for entry in section.entries().iter().filter(|entry| entry.key != "_component_") {
+        for entry in section.entries().iter().filter(|entry| entry.key != COMPONENT) {
             if !metadata.keys.iter().any(|key| key.name == entry.key) {
-                let error = self.error(entry.key_mark, format!("unknown key `{}`", join("loss", &entry.key)));
+                let error = self.error(entry.key_mark, format!("unknown key `{}`", join(path, &entry.key)));
                 let names = metadata.keys.iter().map(|key| key.name.as_str());
                 self.mistakes.push(error.hint(match suggest::nearest(&entry.key, names.clone()) {
-                    Some(near) => format!("did you mean `loss.{near}`?"),
-                    None => format!("keys of this loss: {}", names.collect::<Vec<_>>().join(", ")),
+                    Some(near) => format!("did you mean `{}`?", join(path, near)),
+                    None => format!("keys of this guest: {}", names.collect::<Vec<_>>().join(", ")),
                 }));
             }
         }
-        let section = self.filled(section, "loss", &metadata.keys);
-        if let Tree::Map(entries) = &mut self.root.tree
-            && let Some(loss) = entries.iter_mut().find(|entry| entry.key == "loss")
-        {
-            loss.value = section;
-        }
+        self.filled(section, path, &metadata.keys)
     }
 
     /// A section with each of `keys`: as it is written, converted to its type, or as it is by default.
@@ -128,6 +151,16 @@ impl Config {
         }
         section
     }
+}
+
+/// The path of the loss or template that a value names.
+fn guest_of<'n>(key: &str, node: &'n Node) -> Option<&'n str> {
+    let name = node.entry(COMPONENT).map_or(node, |entry| &entry.value).as_str();
+    let is_guest = match key {
+        "loss" => node.is_map(),
+        _ => TEMPLATE_KEYS.contains(&key),
+    };
+    name.filter(|name| is_guest && registry::is_guest_path(name))
 }
 
 fn asks(key: &Key, name: &str) -> String {

@@ -140,6 +140,7 @@ impl Verifier<'_> {
                 });
                 return each.fold(true, |all, one| all & one);
             }
+            Type::Template if node.entry("_component_").is_some() => return self.settings(node, path),
             Type::Section(keys) if node.is_map() => {
                 self.section(node, &[keys], path, false);
                 return true;
@@ -294,10 +295,10 @@ fn fits(node: &Node, ty: &Type) -> bool {
                 Type::TextsOf(names) => {
                     items.iter().all(|item| item.as_str().is_some_and(|text| names.contains(&text)))
                 }
-                other => matches!(other, Type::Any),
+                other => matches!(other, Type::Any | Type::Template),
             };
         }
-        Tree::Map(_) => return matches!(ty, Type::Any),
+        Tree::Map(_) => return matches!(ty, Type::Any | Type::Template),
         Tree::Broken => return true,
     };
     match ty {
@@ -308,7 +309,7 @@ fn fits(node: &Node, ty: &Type) -> bool {
         }
         Type::Text => scalar.as_str().is_some_and(|text| !text.is_empty()),
         Type::OneOf(names) => scalar.as_str().is_some_and(|text| names.contains(&text)),
-        Type::Any => true,
+        Type::Any | Type::Template => true,
         Type::Texts | Type::TextsOf(_) | Type::Section(_) | Type::Component(_) | Type::Components(_) => false,
     }
 }

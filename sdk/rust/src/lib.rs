@@ -42,15 +42,17 @@ mod loss;
 mod metadata;
 mod ops;
 mod recipe;
+mod settings;
 mod template;
 
 pub use bindings::host::sdk::tensors::{Over, Tensor, WeightedLoss, arange, from_numbers, full, set_grad_enabled};
 pub use bindings::host::sdk::training::{Batch, Model, Run, Step, open};
 pub use bindings::host::sdk::types::{Code, Error as CallError, Value, log};
 pub use error::{Error, Result};
-pub use loss::{Loss, Settings};
+pub use loss::Loss;
 pub use ops::no_grad;
 pub use recipe::{Batches, Steps};
+pub use settings::Settings;
 pub use template::{Message, Outcome, Preference, Role, Row, RowError, Template};
 
 /// What nearly every guest uses.

@@ -2,10 +2,9 @@
 
 use std::cell::RefCell;
 
-use crate::bindings::host::sdk::types::Failure;
-use crate::bindings::loss::exports::host::sdk::scoring::Setting;
+use crate::bindings::host::sdk::types::{Failure, Setting};
 use crate::error::into_failure;
-use crate::{Error, Result, Tensor, Value, WeightedLoss};
+use crate::{Error, Result, Settings, Tensor, WeightedLoss};
 
 /// How far a model's scores are from what they should be.
 ///
@@ -36,29 +35,6 @@ pub trait Loss: Sized {
     fn compute(&self, logits: &Tensor, labels: &Tensor) -> Result<WeightedLoss>;
 }
 
-/// The keys of the config's `loss` section.
-pub struct Settings(Vec<Setting>);
-
-impl Settings {
-    /// The value of a key; `None` where the config has none.
-    pub fn get(&self, name: &str) -> Option<&Value> {
-        self.0.iter().find(|setting| setting.name == name).map(|setting| &setting.value)
-    }
-
-    /// A number, or `default` where the config has none.
-    ///
-    /// # Errors
-    /// The key holds something else than a number.
-    pub fn number(&self, name: &str, default: f64) -> Result<f64> {
-        match self.get(name) {
-            None | Some(Value::None) => Ok(default),
-            Some(Value::Int(value)) => Ok(*value as f64),
-            Some(Value::Num(value)) => Ok(*value),
-            Some(_) => Err(Error::new(format!("`{name}` must be a number"))),
-        }
-    }
-}
-
 /// The loss of a crate, once configured.
 #[doc(hidden)]
 pub struct Scoring<T>(RefCell<Option<T>>);
@@ -70,7 +46,7 @@ impl<T: Loss> Scoring<T> {
     }
 
     pub fn configure(&self, settings: Vec<Setting>) -> Result<(), Failure> {
-        *self.0.borrow_mut() = Some(T::configure(&Settings(settings)).map_err(into_failure)?);
+        *self.0.borrow_mut() = Some(T::configure(&Settings::new(settings)).map_err(into_failure)?);
         Ok(())
     }
 
@@ -94,7 +70,7 @@ macro_rules! loss {
 
         impl $crate::bindings::loss::exports::host::sdk::scoring::Guest for HostSdkLoss {
             fn configure(
-                settings: ::std::vec::Vec<$crate::bindings::loss::exports::host::sdk::scoring::Setting>,
+                settings: ::std::vec::Vec<$crate::bindings::host::sdk::types::Setting>,
             ) -> ::std::result::Result<(), $crate::bindings::host::sdk::types::Failure> {
                 HOST_SDK_SCORING.with(|scoring| scoring.configure(settings))
             }

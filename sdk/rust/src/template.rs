@@ -2,10 +2,10 @@
 
 use std::cell::RefCell;
 
-use crate::bindings::host::sdk::types::Failure;
+use crate::bindings::host::sdk::types::{Failure, Setting};
 use crate::bindings::template::exports::host::sdk::rows;
 use crate::error::into_failure;
-use crate::{Error, Result};
+use crate::{Error, Result, Settings};
 
 pub use rows::{Message, Outcome, Preference, Role};
 
@@ -18,7 +18,7 @@ pub use rows::{Message, Outcome, Preference, Role};
 /// struct Echo;
 ///
 /// impl Template for Echo {
-///     fn configure(&mut self, _columns: &[String]) -> Result<Vec<String>> {
+///     fn configure(&mut self, _settings: &Settings, _columns: &[String]) -> Result<Vec<String>> {
 ///         Ok(vec!["input".into()])
 ///     }
 ///
@@ -31,9 +31,9 @@ pub use rows::{Message, Outcome, Preference, Role};
 /// host_sdk::template!(Echo);
 /// ```
 pub trait Template: Default {
-    /// Called once, before any row, with the columns there are: those of the config, and `messages`, the row as a
-    /// conversation. Gives back those that [`Template::render`] reads.
-    fn configure(&mut self, columns: &[String]) -> Result<Vec<String>>;
+    /// Called once, before any row, with the other keys of the template's section, and the columns there are: those of the
+    /// config, and `messages`, the row as a conversation. Gives back those that [`Template::render`] reads.
+    fn configure(&mut self, settings: &Settings, columns: &[String]) -> Result<Vec<String>>;
 
     /// The messages of one row, or why it has none.
     fn render(&mut self, row: Row) -> Result<Vec<Message>, RowError> {
@@ -166,9 +166,13 @@ impl<T: Template> Rows<T> {
 }
 
 #[doc(hidden)]
-pub fn configure<T: Template>(rows: &Rows<T>, columns: Vec<String>) -> Result<Vec<String>, Failure> {
+pub fn configure<T: Template>(
+    rows: &Rows<T>,
+    settings: Vec<Setting>,
+    columns: Vec<String>,
+) -> Result<Vec<String>, Failure> {
     let mut template = T::default();
-    let columns = template.configure(&columns).map_err(into_failure)?;
+    let columns = template.configure(&Settings::new(settings), &columns).map_err(into_failure)?;
     *rows.0.borrow_mut() = Some((template, columns.clone()));
     Ok(columns)
 }
@@ -198,12 +202,13 @@ macro_rules! template {
 
         impl $crate::bindings::template::exports::host::sdk::rows::Guest for HostSdkTemplate {
             fn configure(
+                settings: ::std::vec::Vec<$crate::bindings::host::sdk::types::Setting>,
                 columns: ::std::vec::Vec<::std::string::String>,
             ) -> ::std::result::Result<
                 ::std::vec::Vec<::std::string::String>,
                 $crate::bindings::host::sdk::types::Failure,
             > {
-                HOST_SDK_ROWS.with(|rows| $crate::export::configure(rows, columns))
+                HOST_SDK_ROWS.with(|rows| $crate::export::configure(rows, settings, columns))
             }
 
             fn render(

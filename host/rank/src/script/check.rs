@@ -15,7 +15,7 @@ use super::api::HostState;
 use super::guest::{self, Guest, SDK_VERSION, World};
 use super::loss::loss_engine;
 use super::rhai::{parse, recipe_engine};
-use super::template::template_engine;
+use super::template::{TAKES_SETTINGS, takes_settings, template_engine};
 use super::wasm;
 
 /// Prints what a guest is, or says what is wrong with it.
@@ -49,7 +49,7 @@ impl Found {
         let bytes = guest::bytes_of(path, "guest", &limits)?;
         let world = world_of(&bytes).unwrap_or(World::Recipe);
         let (size, sha256) = (bytes.len(), format!("{:x}", Sha256::digest(&bytes)));
-        let metadata = host::guest::metadata_of(path, &bytes);
+        let metadata = host::guest::metadata_of(path, &bytes)?;
         let (form, capabilities, functions) = match guest::of_bytes(path, bytes, world)? {
             Guest::Component(bytes) => {
                 wasm::compile(path, &bytes, &limits)?;
@@ -59,20 +59,21 @@ impl Found {
                 let engine = engine_of(world);
                 let script = parse(path, &text, &engine)?;
                 check_calls(path, &engine, &script)?;
+                if world == World::Template
+                    && let Some(key) = metadata.keys.first()
+                    && !takes_settings(&script)
+                {
+                    let what =
+                        format!("the template `{}` names the key `{}`, and is not given it", path.display(), key.name);
+                    let hint = format!("define `{TAKES_SETTINGS}`, or remove `[keys.{}]`", key.name);
+                    return Err(Error::config(what).hint(hint));
+                }
                 let functions = script.iter_functions().map(|f| format!("{}({})", f.name, f.params.join(", ")));
                 let granted = guest::granted(world).iter().map(|name| format!("{name}@{SDK_VERSION}"));
                 // They come in an order that changes.
                 ("Rhai script", granted.collect(), functions.collect::<BTreeSet<_>>().into_iter().collect())
             }
         };
-        let metadata = metadata?;
-        if world == World::Template
-            && let Some(key) = metadata.keys.first()
-        {
-            return Err(Error::config(format!("the template `{}` names the key `{}`", path.display(), key.name))
-                .cause(format!("templates of host:sdk {SDK_VERSION} take no settings"))
-                .hint(format!("remove `[keys.{}]`", key.name)));
-        }
         Ok(Self { path: path.to_owned(), world, form, bytes: size, sha256, capabilities, functions, metadata })
     }
 
@@ -153,7 +154,7 @@ fn world_of_script(text: &str) -> Option<World> {
     if opens {
         return Some(World::Recipe);
     }
-    if defines("render", &[1]) {
+    if defines("render", &[1, 2]) {
         return Some(World::Template);
     }
     defines("loss", &[2, 3]).then_some(World::Loss)

@@ -4,7 +4,6 @@ use host::config::plan::{GuestLimits, GuestRef};
 use host::worker::StopFlag;
 use host::{Error, Result};
 use rhai::{AST, CallFnOptions, Dynamic, Engine, Map, Scope};
-use serde_json::Value as Json;
 use tch::Tensor;
 use wasmtime::Store;
 use wasmtime::component::{HasSelf, Linker, Resource};
@@ -13,6 +12,7 @@ use super::api::{HostError, HostResult, HostState, tensors, types};
 use super::guest::{self, Blame, Guest, World};
 use super::rhai::{Front, Handle, Shared, explain, parse};
 use super::rhai_generated;
+use super::settings::Settings;
 use super::template::digest;
 use super::tensors::TensorSlot;
 use super::wasm::{self, GuestData};
@@ -30,8 +30,6 @@ mod wit {
     });
 }
 
-use wit::exports::host::sdk::scoring;
-
 /// Reads, checks and configures a loss.
 pub fn open_loss(guest: &GuestRef, limits: &GuestLimits) -> Result<Box<dyn Loss>> {
     LossGuest::load(guest, limits)?.open()
@@ -42,7 +40,7 @@ pub struct LossGuest {
     guest: Guest,
     digest: String,
     blame: Blame,
-    settings: Vec<(String, types::Value)>,
+    settings: Settings,
     limits: GuestLimits,
 }
 
@@ -54,9 +52,7 @@ impl LossGuest {
             Guest::Script(text) => text.as_bytes(),
         });
         let blame = Blame { world: World::Loss, path: guest.path.clone(), place: None };
-        let settings = guest.settings.as_object().into_iter().flatten();
-        let settings =
-            settings.map(|(name, value)| Ok((name.clone(), setting(name, value)?))).collect::<Result<_>>()?;
+        let settings = Settings::of(guest, World::Loss)?;
         Ok(Self { guest: content, digest, blame, settings, limits: limits.clone() })
     }
 
@@ -71,23 +67,6 @@ impl LossGuest {
             Guest::Script(text) => ScriptLoss::open(text, state, &self),
         }
     }
-}
-
-fn setting(name: &str, value: &Json) -> Result<types::Value> {
-    use types::Value;
-    Ok(match value {
-        Json::Null => Value::None,
-        Json::Bool(flag) => Value::Flag(*flag),
-        Json::String(text) => Value::Text(text.clone()),
-        Json::Number(number) => match (number.as_i64(), number.as_f64()) {
-            (Some(int), _) => Value::Int(int),
-            (None, Some(num)) => Value::Num(num),
-            (None, None) => return Err(Error::config(format!("`loss.{name}` is out of range"))),
-        },
-        Json::Array(_) | Json::Object(_) => {
-            return Err(Error::config(format!("`loss.{name}` is a list or a section, and a loss takes single values")));
-        }
-    })
 }
 
 /// What a guest gave back is a loss, or what is wrong with it.
@@ -140,11 +119,8 @@ impl ComponentLoss {
             Err(error) => return Err(wasm::explain(&blame, store.data_mut(), &error)),
         };
         let mut this = Self { store, loss, blame };
-        let setting =
-            |(name, value): &(String, types::Value)| scoring::Setting { name: name.clone(), value: value.clone() };
-        let settings: Vec<_> = guest.settings.iter().map(setting).collect();
         this.store.data_mut().host.clock.restart();
-        let configured = this.loss.host_sdk_scoring().call_configure(&mut this.store, &settings);
+        let configured = this.loss.host_sdk_scoring().call_configure(&mut this.store, guest.settings.for_component());
         wasm::ended(&this.blame, &mut this.store, configured)?;
         Ok(Box::new(this))
     }
@@ -199,18 +175,11 @@ impl ScriptLoss {
         let (engine, shared) = loss_engine(state, &guest.limits);
         let script = parse(path, text, &engine)?;
         let takes = |count: usize| script.iter_functions().any(|f| f.name == "loss" && f.params.len() == count);
-        let settings: Map =
-            guest.settings.iter().map(|(name, value)| (name.as_str().into(), in_rhai(value.clone()))).collect();
         let settings = match (takes(2), takes(3)) {
-            (_, true) => Some(settings),
-            (true, false) if settings.is_empty() => None,
+            (_, true) => Some(guest.settings.for_script(&shared)),
             (true, false) => {
-                let keys = host::error::quoted(settings.keys());
-                return Err(Error::config(format!(
-                    "the loss `{}` takes no settings, and was given {keys}",
-                    path.display()
-                ))
-                .hint("define `fn loss(logits, labels, settings)` to take them, or remove the keys"));
+                guest.settings.must_be_none(path, World::Loss, "fn loss(logits, labels, settings)")?;
+                None
             }
             (false, false) => {
                 return Err(Error::config(format!("the script `{}` is not a loss", path.display()))
@@ -259,16 +228,6 @@ impl Loss for ScriptLoss {
         let loss = self.call(logits, labels);
         self.shared.borrow_mut().end_call();
         loss
-    }
-}
-
-fn in_rhai(value: types::Value) -> Dynamic {
-    match value {
-        types::Value::None => Dynamic::UNIT,
-        types::Value::Flag(flag) => flag.into(),
-        types::Value::Int(int) => int.into(),
-        types::Value::Num(num) => num.into(),
-        types::Value::Text(text) => text.into(),
     }
 }
 

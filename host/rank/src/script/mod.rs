@@ -21,6 +21,7 @@ pub mod rhai;
 #[allow(clippy::redundant_closure)]
 mod rhai_generated;
 mod run;
+mod settings;
 pub mod template;
 mod tensors;
 mod test;

@@ -75,6 +75,17 @@ impl Convert for types::Value {
     }
 }
 
+impl Convert for types::Setting {
+    type Rhai = Map;
+
+    fn to_rhai(self, shared: &Shared) -> Map {
+        let mut map = Map::new();
+        map.insert("name".into(), Dynamic::from(self.name.to_rhai(shared)));
+        map.insert("value".into(), Dynamic::from(self.value.to_rhai(shared)));
+        map
+    }
+}
+
 impl Convert for tensors::Over {
     type Rhai = rhai::ImmutableString;
 

@@ -18,6 +18,7 @@ use wasmtime::component::{HasSelf, Linker};
 use super::api::HostState;
 use super::guest::{self, Blame, Guest, SDK_VERSION, World};
 use super::rhai::{Front, RhaiResult, Shared, explain, parse};
+use super::settings::Settings;
 use super::wasm::{self, GuestData};
 use super::{isolate, log, rhai_generated};
 
@@ -45,20 +46,16 @@ pub fn open_template(guest: &GuestRef, limits: &GuestLimits) -> Result<SharedTem
 
 /// The same in this process, with the file's content.
 pub fn open_bytes(guest: &GuestRef, bytes: Vec<u8>, limits: &GuestLimits) -> Result<SharedTemplate> {
-    let path = &guest.path;
-    if let Some(key) = guest.settings.as_object().and_then(|settings| settings.keys().next()) {
-        return Err(Error::config(format!("the template `{}` was given `{key}`", path.display()))
-            .cause(format!("templates of host:sdk {SDK_VERSION} take no settings"))
-            .hint(format!("remove `{key}`")));
-    }
-    let (path, limits) = (path.clone(), limits.clone());
+    let settings = Settings::of(guest, World::Template)?;
+    let (path, limits) = (guest.path.clone(), limits.clone());
+    let digest = format!("{} {}", digest(&bytes), guest.settings);
     Ok(match guest::of_bytes(&path, bytes, World::Template)? {
         Guest::Component(bytes) => {
             let pre = load_component(&path, &bytes, &limits)?;
-            Arc::new(ComponentTemplate { digest: digest(&bytes), blame: Blame::template(&path), limits, pre })
+            Arc::new(ComponentTemplate { digest, blame: Blame::template(&path), settings, limits, pre })
         }
         Guest::Script(text) => {
-            let template = ScriptTemplate { digest: digest(text.as_bytes()), path, text, limits };
+            let template = ScriptTemplate { digest, path, text, settings, limits };
             template.open()?;
             Arc::new(template)
         }
@@ -91,6 +88,7 @@ pub(super) fn rows_place(rows: &[Row]) -> Option<String> {
 struct ComponentTemplate {
     digest: String,
     blame: Blame,
+    settings: Settings,
     limits: GuestLimits,
     pre: wit::TemplatePre<GuestData>,
 }
@@ -111,7 +109,10 @@ impl OpenTemplate for ComponentTemplate {
         let mut store = wasm::new_store(state, &self.limits)?;
         let blame = Blame::template(&self.blame.path);
         match self.pre.instantiate(&mut store) {
-            Ok(template) => Ok(Box::new(ComponentRows { store, template, blame, failure: None })),
+            Ok(template) => {
+                let settings = self.settings.clone();
+                Ok(Box::new(ComponentRows { store, template, settings, blame, failure: None }))
+            }
             Err(error) => Err(wasm::explain(&blame, store.data_mut(), &error)),
         }
     }
@@ -128,6 +129,7 @@ impl OpenTemplate for ComponentTemplate {
 struct ComponentRows {
     store: Store<GuestData>,
     template: wit::Template,
+    settings: Settings,
     blame: Blame,
     /// The first error; the store is of no use after it.
     failure: Option<Error>,
@@ -162,7 +164,8 @@ impl RowTemplate for ComponentRows {
     fn configure(&mut self, columns: &[String]) -> Result<Vec<String>> {
         self.guarded(|this| {
             this.blame.place = Some(format!("on the columns {}", columns.join(", ")));
-            let outcome = this.template.host_sdk_rows().call_configure(&mut this.store, columns);
+            let (rows, settings) = (this.template.host_sdk_rows(), this.settings.for_component());
+            let outcome = rows.call_configure(&mut this.store, settings, columns);
             wasm::ended(&this.blame, &mut this.store, outcome)
         })
     }
@@ -252,10 +255,24 @@ impl From<rows::Message> for Message {
 
 // ---- Scripts
 
+/// A function of a script that is given the settings.
+pub const TAKES_SETTINGS: &str = "fn render(row, settings)";
+
+/// How many arguments a script's `render` or `configure` takes: 1, or 2 with the settings.
+fn arguments(script: &AST, name: &str) -> Option<usize> {
+    let counts = script.iter_functions().filter(|function| function.name == name).map(|function| function.params.len());
+    counts.filter(|count| (1..=2).contains(count)).max()
+}
+
+pub fn takes_settings(script: &AST) -> bool {
+    ["render", "configure"].into_iter().any(|name| arguments(script, name) == Some(2))
+}
+
 struct ScriptTemplate {
     digest: String,
     path: std::path::PathBuf,
     text: String,
+    settings: Settings,
     limits: GuestLimits,
 }
 
@@ -280,20 +297,25 @@ impl OpenTemplate for ScriptTemplate {
         let state = HostState::new(&self.path.display().to_string(), &self.limits, StopFlag::default(), None);
         let (engine, shared) = template_engine(state, &self.limits);
         let script = parse(&self.path, &self.text, &engine)?;
-        let takes_one = |name: &str| script.iter_functions().any(|f| f.name == name && f.params.len() == 1);
-        if !takes_one("render") {
+        let Some(render) = arguments(&script, "render") else {
             return Err(Error::config(format!("the script `{}` is not a template", self.path.display()))
                 .cause("it has no function `render(row)`")
                 .hint("a recipe is named by `recipe`, a template by the data set or the tokenizer"));
+        };
+        let configure = arguments(&script, "configure");
+        if !takes_settings(&script) {
+            self.settings.must_be_none(&self.path, World::Template, TAKES_SETTINGS)?;
         }
-        let has_configure = takes_one("configure");
+        let settings = self.settings.for_script(&shared);
         let blame = Blame::template(&self.path);
         let limits = self.limits.clone();
         Ok(Box::new(ScriptRows {
             engine,
             shared,
             script,
-            has_configure,
+            settings,
+            render,
+            configure,
             columns: vec![],
             limits,
             blame,
@@ -394,7 +416,11 @@ struct ScriptRows {
     engine: Engine,
     shared: Shared,
     script: AST,
-    has_configure: bool,
+    settings: Map,
+    /// How many arguments the function takes: the settings may follow the first.
+    render: usize,
+    /// Likewise; none where there is no such function.
+    configure: Option<usize>,
     /// The columns that `render` sees.
     columns: Vec<String>,
     limits: GuestLimits,
@@ -403,13 +429,16 @@ struct ScriptRows {
 }
 
 impl ScriptRows {
-    fn call(&mut self, function: &str, argument: Dynamic) -> Result<Dynamic> {
+    /// Calls a function that takes `count` arguments.
+    fn call(&mut self, function: &str, argument: Dynamic, count: usize) -> Result<Dynamic> {
         self.shared.borrow_mut().clock.restart();
         self.shared.borrow_mut().memory.restart();
         // A fresh scope each time: one row cannot leave anything to the next.
         let mut scope = Scope::new();
         let options = CallFnOptions::new().eval_ast(true);
-        self.engine.call_fn_with_options(options, &mut scope, &self.script, function, (argument,)).map_err(|error| {
+        let mut arguments = vec![argument];
+        arguments.extend((count > 1).then(|| self.settings.clone().into()));
+        self.engine.call_fn_with_options(options, &mut scope, &self.script, function, arguments).map_err(|error| {
             let report = explain(&self.blame, &mut self.shared.borrow_mut(), &error);
             match *error {
                 EvalAltResult::ErrorPropertyNotFound(..) | EvalAltResult::ErrorInFunctionCall(..) => {
@@ -436,7 +465,7 @@ impl ScriptRows {
             }
         });
         let map: Map = self.columns.iter().map(|column| column.as_str().into()).zip(cells).collect();
-        let outcome = self.call("render", map.into())?;
+        let outcome = self.call("render", map.into(), self.render)?;
         let outcome = match outcome.try_cast_result::<Verdict>() {
             Ok(Verdict::Pair(chosen, rejected)) => {
                 return Ok(Outcome::Pair([self.messages(chosen)?, self.messages(rejected)?]));
@@ -492,10 +521,10 @@ impl RowTemplate for ScriptRows {
         if self.columns.is_empty() {
             self.columns = columns.to_vec();
         }
-        if self.has_configure {
+        if let Some(count) = self.configure {
             self.blame.place = Some(format!("on the columns {}", columns.join(", ")));
             let argument: Array = columns.iter().map(|column| Dynamic::from(column.clone())).collect();
-            let chosen = self.call("configure", argument.into()).and_then(|chosen| self.chosen(chosen));
+            let chosen = self.call("configure", argument.into(), count).and_then(|chosen| self.chosen(chosen));
             if let Some(chosen) = chosen.inspect_err(|error| self.failure = Some(error.clone()))? {
                 self.columns = chosen;
             }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use host::config::metadata::Metadata;
 use host::config::plan::{GuestLimits, GuestRef, TestPlan};
-use host::data::template::{Cell, MESSAGES, Message, Outcome, Role, Row};
+use host::data::template::{Cell, MESSAGES, Message, Outcome, Role, Row, RowTemplate};
 use host::error::IoContext;
 use host::kit::tiny;
 use host::worker::{StopFlag, WorkerEnv};
@@ -37,10 +37,10 @@ pub fn test(plan: &TestPlan, env: &WorkerEnv, stop: StopFlag) -> Result<()> {
     guest::of_bytes(path, bytes, world)?;
     if world != World::Recipe && !plan.overrides.is_empty() {
         return Err(Error::config(format!("a {} is tested without a config", world.noun()))
-            .hint("leave the overrides out; a loss has its settings in `tests/rows.jsonl`"));
+            .hint("leave the overrides out; a guest has its settings in `tests/rows.jsonl`"));
     }
     let said = match world {
-        World::Template => test_template(plan)?,
+        World::Template => test_template(plan, &metadata)?,
         World::Loss => test_loss(plan, &metadata)?,
         World::Recipe => test_recipe(plan, env, stop)?,
     };
@@ -145,7 +145,7 @@ fn ended(plan: &TestPlan, path: &Path, rows: &[Line], mistakes: Vec<Error>, also
 
 // ---- Templates
 
-fn test_template(plan: &TestPlan) -> Result<Vec<String>> {
+fn test_template(plan: &TestPlan, metadata: &Metadata) -> Result<Vec<String>> {
     let (path, mut rows) = read_rows(plan, World::Template)?;
     let mut offered: Vec<String> = vec![];
     for line in &rows {
@@ -161,22 +161,26 @@ fn test_template(plan: &TestPlan) -> Result<Vec<String>> {
     if offered.iter().all(|column| column == "input" || column == "output") {
         offered.push(MESSAGES.to_owned());
     }
-    let guest = GuestRef { path: plan.guest.clone(), settings: json!({}) };
-    let mut template = open_template(&guest, &limits())?.open()?;
-    let columns = template.configure(&offered)?;
-    if let Some(unknown) = columns.iter().find(|column| !offered.contains(column)) {
-        let what = format!("the template `{}` wants a column `{unknown}`, which no row has", plan.guest.display());
-        return Err(Error::config(what).at_file(path).cause(format!("there is {}", host::error::quoted(&offered))));
-    }
     let mut mistakes = vec![];
+    // The template of the row before, its columns and its settings.
+    let mut opened: Option<Configured> = None;
     for (index, line) in rows.iter_mut().enumerate() {
+        let settings = settings(path, line, metadata)?;
+        let same = opened.take_if(|(.., before)| *before == settings);
+        let (template, columns, _) = opened.insert(match same {
+            Some(same) => same,
+            None => open_configured(plan, path, &offered, settings)?,
+        });
         let cells = columns.iter().map(|column| cell(path, line, column)).collect::<Result<_>>()?;
         let begun = Instant::now();
         let outcomes = template.render(vec![Row { id: index as u64, cells }]);
         PEAKS.raise_time(begun.elapsed());
         let outcome = outcomes.map_err(|error| error.at(path, Some(line.number), None))?.into_iter().next();
         let outcome = outcome.ok_or_else(|| Error::run("the template gave nothing for a row"))?;
-        let mut row = Map::from_iter([("row".to_owned(), line.row["row"].clone())]);
+        let mut row: Map<_, _> = ["row", "settings"]
+            .into_iter()
+            .filter_map(|name| Some((name.to_owned(), line.row.get(name)?.clone())))
+            .collect();
         row.extend(as_json(outcome));
         if plan.accept {
             line.row = row;
@@ -185,6 +189,19 @@ fn test_template(plan: &TestPlan) -> Result<Vec<String>> {
         }
     }
     ended(plan, path, &rows, mistakes, None)
+}
+
+type Configured = (Box<dyn RowTemplate>, Vec<String>, Value);
+
+fn open_configured(plan: &TestPlan, path: &Path, offered: &[String], settings: Value) -> Result<Configured> {
+    let guest = GuestRef { path: plan.guest.clone(), settings: settings.clone() };
+    let mut template = open_template(&guest, &limits())?.open()?;
+    let columns = template.configure(offered)?;
+    if let Some(unknown) = columns.iter().find(|column| !offered.contains(column)) {
+        let what = format!("the template `{}` wants a column `{unknown}`, which no row has", plan.guest.display());
+        return Err(Error::config(what).at_file(path).cause(format!("there is {}", host::error::quoted(offered))));
+    }
+    Ok((template, columns, settings))
 }
 
 fn bad_row(path: &Path, line: &Line, what: &str) -> Error {
@@ -241,7 +258,7 @@ fn as_json(outcome: Outcome) -> Map<String, Value> {
 fn difference(path: &Path, line: &Line, got: &Map<String, Value>) -> Error {
     let mut error = Error::run("a row becomes something else than is written down").at(path, Some(line.number), None);
     let items = |row: &Map<String, Value>| -> Vec<String> {
-        let rest = row.iter().filter(|(name, _)| *name != "row");
+        let rest = row.iter().filter(|(name, _)| !["row", "settings"].contains(&name.as_str()));
         rest.flat_map(|(name, value)| match value {
             Value::Array(items) => items.iter().map(Value::to_string).collect(),
             other => vec![format!("{name}: {other}")],
@@ -380,7 +397,7 @@ fn scores(path: &Path, line: &Line) -> Result<(Tensor, Tensor)> {
     Ok((logits.set_requires_grad(true), Tensor::from_slice(&labels)))
 }
 
-/// The settings of a row as a run would give them: every key of the loss, by default where the row says nothing.
+/// The settings of a row as a run would give them: every key of the guest, by default where the row says nothing.
 fn settings(path: &Path, line: &Line, metadata: &Metadata) -> Result<Value> {
     let given = match line.row.get("settings") {
         None => Map::new(),

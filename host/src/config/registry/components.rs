@@ -109,7 +109,7 @@ const MESSAGES: &[Key] = &[
     optional("max_seq_len", POSITIVE, "Longer samples are cut to this many tokens."),
     optional(
         "prompt_template",
-        Type::Any,
+        Type::Template,
         "A template's name, a path to a .wasm or .rhai guest, or a role's texts: `{user: [before, after]}`.",
     ),
     key("truncation_type", Type::OneOf(&["right", "left"]), "right", "Which end of a long sample goes."),
@@ -143,7 +143,7 @@ const TRAIN_ON_INPUT: Key = key("train_on_input", Type::Bool, "False", "Whether 
 const NEW_SYSTEM_PROMPT: Key =
     optional("new_system_prompt", Type::Text, "A system message, in place of any that the rows have.");
 const CHAT_FORMAT: Key =
-    optional("chat_format", Type::Any, "v0.2.1: a template of this data set; its text is one piece.");
+    optional("chat_format", Type::Template, "v0.2.1: a template of this data set; its text is one piece.");
 
 const fn source(default: &'static str) -> Key {
     key("source", Type::Text, default, SOURCE)
@@ -152,7 +152,7 @@ const fn source(default: &'static str) -> Key {
 const INSTRUCT: &[Key] = &[
     required("source", Type::Text, SOURCE),
     TRAIN_ON_INPUT,
-    optional("template", Type::Any, "v0.2.1: a template of this data set; its text is one piece."),
+    optional("template", Type::Template, "v0.2.1: a template of this data set; its text is one piece."),
     NEW_SYSTEM_PROMPT,
     OLD_LENGTH,
 ];
@@ -191,7 +191,7 @@ const SLIMORCA: &[Key] = &[
 
 const PAIR_TEMPLATE: Key = optional(
     "template",
-    Type::Any,
+    Type::Template,
     "A template that makes pairs; it reads `chosen` and `rejected`, and `prompt` where `column_map` names one.",
 );
 const PREFERENCE: &[Key] =

@@ -77,6 +77,8 @@ pub enum Type {
     Component(Role),
     /// One component, or a list of them.
     Components(Role),
+    /// A template's name or path, `{_component_: either, …settings}`, or a role's texts.
+    Template,
     /// Any scalar, list or mapping; whoever reads it checks it.
     Any,
 }
@@ -98,6 +100,7 @@ impl Type {
             Type::Section(_) => "a section of keys".into(),
             Type::Component(role) => format!("a section with `_component_: {}`", role.noun()),
             Type::Components(role) => format!("a section with `_component_: {}`, or a list of such", role.noun()),
+            Type::Template => "a template's name or path, or a section with `_component_: template`".into(),
             Type::Any => "a value".into(),
         }
     }

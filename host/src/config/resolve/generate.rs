@@ -1,5 +1,7 @@
 //! A generation config to a [`GeneratePlan`].
 
+use std::path::Path;
+
 use super::super::Config;
 use super::super::plan::{GeneratePlan, PromptPlan};
 use super::super::registry::keys::GENERATE;
@@ -9,6 +11,7 @@ use super::{Resolved, Surroundings, parts, resolve};
 use crate::error::Result;
 
 pub fn generate(config: &Config, around: &Surroundings<'_>) -> Result<Resolved<GeneratePlan>> {
+    let config = &config.with_guests(Path::new(""), GENERATE, around.metadata);
     resolve(config, GENERATE, |reader, _| build(reader, around))
 }
 

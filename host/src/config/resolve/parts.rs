@@ -291,6 +291,13 @@ pub fn template(section: &Section<'_>, key: &str, around: &Surroundings<'_>) -> 
             format!("`{key}: SummarizeTemplate`"),
         ));
     };
+    if let (Some(_), Some(entry)) =
+        (registry::component(name), node.entries().iter().find(|entry| entry.key != "_component_"))
+    {
+        let what = format!("`{}.{}`: `{name}` takes no settings", section.path(key), entry.key);
+        let error = section.reader.config.error(entry.key_mark, what);
+        return Err(section.reader.fail(error.hint("copy the template with `host cp` and change the copy")));
+    }
     Ok(Some(GuestRef { settings, ..guest_ref(section, key, name, around)? }))
 }
 

@@ -7,7 +7,7 @@ struct Guest;
 
 impl Template for Guest {
     // The columns that `render` reads; `messages` would be the row as a conversation.
-    fn configure(&mut self, _columns: &[String]) -> Result<Vec<String>> {
+    fn configure(&mut self, _settings: &Settings, _columns: &[String]) -> Result<Vec<String>> {
         Ok(vec!["input".into(), "output".into()])
     }
 

@@ -6,7 +6,7 @@ use host_sdk::prelude::*;
 struct Summarize;
 
 impl Template for Summarize {
-    fn configure(&mut self, _columns: &[String]) -> Result<Vec<String>> {
+    fn configure(&mut self, _settings: &Settings, _columns: &[String]) -> Result<Vec<String>> {
         Ok(vec!["messages".into()])
     }
 

@@ -3,10 +3,13 @@
 use host_sdk::prelude::*;
 
 #[derive(Default)]
-struct Odd;
+struct Odd {
+    before: String,
+}
 
 impl Template for Odd {
-    fn configure(&mut self, columns: &[String]) -> Result<Vec<String>> {
+    fn configure(&mut self, settings: &Settings, columns: &[String]) -> Result<Vec<String>> {
+        self.before = settings.text("before", "")?.to_owned();
         if columns.iter().any(|column| column == "refused") {
             return Err(Error::new("column `refused` is refused").hint("rename it"));
         }
@@ -28,7 +31,7 @@ impl Template for Odd {
                     held.push(std::hint::black_box(vec![1u8; 1 << 20]));
                 }
             }
-            text => Ok(vec![Message::user([text])]),
+            text => Ok(vec![Message::user([text]).wrap(&self.before, "")]),
         }
     }
 }
