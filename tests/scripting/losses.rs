@@ -148,7 +148,7 @@ fn guests_of_other_worlds() {
     let settings = with(COMPONENT, json!({ "gamma": "two" }));
     assert_snapshot!(open_loss(&settings, &GuestLimits::default()).err().unwrap(), @"
     error: loss `target/guests/focal.wasm` failed
-      --> sdk/rust/src/loss.rs:57
+      --> tests/scripting/guests/focal/src/lib.rs:11
     cause: `gamma` must be a number
     ");
 }
