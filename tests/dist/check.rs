@@ -42,14 +42,14 @@ fn what_it_says() {
     );
     assert_snapshot!(check(&case, "mine.rhai").stdout, @"
     mine.rhai: a loss, Rhai script
-    host:sdk   0.0.3, and all that it uses is granted
+    host:sdk   0.1.0, and all that it uses is granted
     functions  loss(logits, labels)
                own(x)
     ");
     let json = Ended::of(&mut case.host(&["check", "--json", "guests/focal.wasm"])).stdout;
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!((json["kind"].as_str(), json["form"].as_str()), (Some("loss"), Some("Wasm component")));
-    assert!(json["capabilities"].as_array().unwrap().iter().any(|name| name == "host:sdk/tensors@0.0.3"));
+    assert!(json["capabilities"].as_array().unwrap().iter().any(|name| name == "host:sdk/tensors@0.1.0"));
 }
 
 #[test]
@@ -67,8 +67,8 @@ fn what_a_guest_says_of_itself() {
     guests/focal.wasm: a loss, Wasm component
     about      Focal loss: tokens that the model is sure of count less.
     keys       gamma = 2.0: a number, at least 0.0; how much less; 0 is cross-entropy
-    uses       host:sdk/types@0.0.3
-               host:sdk/tensors@0.0.3
+    uses       host:sdk/types@0.1.0
+               host:sdk/tensors@0.1.0
                13 interfaces of WASI, linked to nothing
     size       [SIZE]
     sha256     [DIGEST]
@@ -77,8 +77,8 @@ fn what_a_guest_says_of_itself() {
     examples/own_loss/focal.rhai: a loss, Rhai script
     about      Focal loss: tokens that the model is sure of count less. T.-Y. Lin and others, Focal Loss for Dense Object Detection (2017), equation 4.
     keys       gamma = 2.0: a number, at least 0.0; how much less; 0 is cross-entropy
-    uses       host:sdk/types@0.0.3
-               host:sdk/tensors@0.0.3
+    uses       host:sdk/types@0.1.0
+               host:sdk/tensors@0.1.0
     size       [SIZE]
     sha256     [DIGEST]
     ");

@@ -318,7 +318,7 @@ fn recipes_that_are_none() {
     ");
     assert_snapshot!(fails(&case, "guests/other_sdk.wasm", &[]), @"
     exit 2
-    error: recipe wants host:sdk 0.0.1, this host offers 0.0.3
+    error: recipe wants host:sdk 0.0.1, this host offers 0.1.0
       --> guests/other_sdk.wasm
     hint: build the recipe with the `host-sdk` of this host, or take the host it was built for
     ");

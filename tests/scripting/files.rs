@@ -124,7 +124,7 @@ fn a_recipe_for_a_template() {
 #[test]
 fn other_sdk() {
     insta::assert_snapshot!(load_error(&guest("target/guests/other_sdk.wasm")), @r#"
-    error: recipe wants host:sdk 0.0.1, this host offers 0.0.3
+    error: recipe wants host:sdk 0.0.1, this host offers 0.1.0
       --> target/guests/other_sdk.wasm
     hint: build the recipe with the `host-sdk` of this host, or take the host it was built for
     "#);

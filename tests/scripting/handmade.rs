@@ -291,7 +291,7 @@ fn what_is_not_to_be_had() {
     error: the recipe `[DIR]/r.wasm` wants `wasi:clocks/monotonic-clock`, which guests do not get
     hint: a guest has no clock: remove what uses `std::time`; the host measures and logs time
     ");
-    assert_snapshot!(wants("host:sdk/secrets@0.0.3"), @"
+    assert_snapshot!(wants("host:sdk/secrets@0.1.0"), @"
     error: the recipe `[DIR]/r.wasm` wants `host:sdk/secrets`, which guests do not get
     hint: a guest may import `host:sdk` only
     ");
@@ -333,9 +333,9 @@ fn what_is_no_recipe() {
     let other_type = r#"(component (core module $m (func (export "main"))) (core instance $i (instantiate $m))
         (func (export "main") (canon lift (core func $i "main"))))"#;
     assert_snapshot!(report(other_type), @"
-    error: `[DIR]/r.wasm` does not fit this host's host:sdk 0.0.3
+    error: `[DIR]/r.wasm` does not fit this host's host:sdk 0.1.0
     cause: type-checking export func `main`: expected 1-tuple, found 0-tuple
-    hint: build it again with the `host-sdk` of this host
+    hint: build it again with the `host-sdk` of this host, or take a later host
     ");
     assert_snapshot!(of_bytes(&nested(100_000)), @"
     error: the recipe `[DIR]/r.wasm` is too deep to be compiled

@@ -10,7 +10,7 @@ use crate::support::root;
 /// Every function of the world `recipe` as `interface resource.name`, straight from the WIT.
 pub fn contract() -> BTreeSet<(String, String)> {
     let mut resolve = Resolve::default();
-    let (package, _) = resolve.push_dir(root().join("sdk/wit/0.0.3")).unwrap();
+    let (package, _) = resolve.push_dir(root().join("sdk/wit/0.1.0")).unwrap();
     let world = resolve.select_world(&[package], Some("recipe")).unwrap();
     let mut functions = BTreeSet::new();
     for item in resolve.worlds[world].imports.values() {

@@ -18,7 +18,7 @@ fn healthy() -> Facts {
         }),
         probe: Ok(Probe {
             version: Some("0.1.0".into()),
-            sdk_version: Some("0.0.3".into()),
+            sdk_version: Some("0.1.0".into()),
             libtorch_version: "2.11.0".into(),
             cpu_capability: "AVX512".into(),
             threads: 64,
@@ -53,7 +53,7 @@ fn a_healthy_machine_is_described_without_findings() {
     insta::assert_snapshot!(healthy(), @"
     host       0.1.0, /opt/host/host
     host-rank  0.1.0, /opt/host/host-rank
-    guests     host:sdk 0.0.3
+    guests     host:sdk 0.1.0
     limits     limits.guest_mb=10 limits.memory_mb=256 limits.tensors_mb=32768 limits.handles=20000
                limits.hostcall_mb=32 limits.compile_mb=2048 limits.compile_seconds=60.0 limits.log_lines=10000
                limits.memories=4 limits.instances=64 limits.tables=32 limits.table_elements=100000

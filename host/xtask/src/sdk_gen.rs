@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use wit_parser::{Function, FunctionKind, Handle, Interface, Resolve, Type, TypeDefKind, TypeId, TypeOwner, WorldItem};
 
-const VERSION: &str = "0.0.3";
+const VERSION: &str = "0.1.0";
 
 /// Writes the outputs, or with `check` only says which of them are stale.
 pub fn generate(root: &Path, check: bool) -> Result<(), String> {

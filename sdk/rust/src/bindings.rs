@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 wit_bindgen::generate!({
-    path: "../wit/0.0.3",
+    path: "../wit/0.1.0",
     world: "recipe",
     export_macro_name: "export_recipe",
     default_bindings_module: "host_sdk::bindings",
@@ -12,11 +12,11 @@ wit_bindgen::generate!({
 /// The world of losses.
 pub mod loss {
     wit_bindgen::generate!({
-        path: "../wit/0.0.3",
+        path: "../wit/0.1.0",
         world: "loss",
         with: {
-            "host:sdk/types@0.0.3": crate::bindings::host::sdk::types,
-            "host:sdk/tensors@0.0.3": crate::bindings::host::sdk::tensors,
+            "host:sdk/types@0.1.0": crate::bindings::host::sdk::types,
+            "host:sdk/tensors@0.1.0": crate::bindings::host::sdk::tensors,
         },
         export_macro_name: "export_loss",
         default_bindings_module: "host_sdk::bindings::loss",
@@ -27,9 +27,9 @@ pub mod loss {
 /// The world of templates.
 pub mod template {
     wit_bindgen::generate!({
-        path: "../wit/0.0.3",
+        path: "../wit/0.1.0",
         world: "template",
-        with: { "host:sdk/types@0.0.3": crate::bindings::host::sdk::types },
+        with: { "host:sdk/types@0.1.0": crate::bindings::host::sdk::types },
         export_macro_name: "export_template",
         default_bindings_module: "host_sdk::bindings::template",
         pub_export_macro: true,

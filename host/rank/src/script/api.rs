@@ -27,7 +27,7 @@ use crate::train::{Over, Which};
 /// The traits and types that WIT defines, as Rust.
 pub mod wit {
     wasmtime::component::bindgen!({
-        path: "../../sdk/wit/0.0.3",
+        path: "../../sdk/wit/0.1.0",
         world: "recipe",
         imports: { default: trappable },
         trappable_error_type: { "host:sdk/types.error" => crate::script::api::HostError },

@@ -20,12 +20,12 @@ use crate::train::Loss;
 
 mod wit {
     wasmtime::component::bindgen!({
-        path: "../../sdk/wit/0.0.3",
+        path: "../../sdk/wit/0.1.0",
         world: "loss",
         imports: { default: trappable },
         with: {
-            "host:sdk/types@0.0.3": crate::script::api::types,
-            "host:sdk/tensors@0.0.3": crate::script::api::tensors,
+            "host:sdk/types@0.1.0": crate::script::api::types,
+            "host:sdk/tensors@0.1.0": crate::script::api::tensors,
         },
     });
 }

@@ -24,10 +24,10 @@ use super::{isolate, log, rhai_generated};
 
 mod wit {
     wasmtime::component::bindgen!({
-        path: "../../sdk/wit/0.0.3",
+        path: "../../sdk/wit/0.1.0",
         world: "template",
         imports: { default: trappable },
-        with: { "host:sdk/types@0.0.3": crate::script::api::types },
+        with: { "host:sdk/types@0.1.0": crate::script::api::types },
     });
 }
 

@@ -241,7 +241,7 @@ fn resident_bytes() -> usize {
 pub fn link_error(path: &Path, error: wasmtime::Error) -> Error {
     Error::config(format!("`{}` does not fit this host's host:sdk {}", path.display(), super::guest::SDK_VERSION))
         .cause(format!("{error:#}"))
-        .hint("build it again with the `host-sdk` of this host")
+        .hint("build it again with the `host-sdk` of this host, or take a later host")
 }
 
 struct HasTable;
