@@ -7,7 +7,7 @@ from wit_world.exports.rows import Message, Outcome_Fail, Outcome_Keep, Role
 def wrap(message):
     if message.role != Role.USER:
         return message
-    return Message(message.role, ["Summarize this dialogue:\n", *message.parts, "\n---\nSummary:\n"], message.train)
+    return Message(message.role, ["Summarize this dialogue:\n", *message.parts, "\n---\nSummary:\n"], message.calls, message.train)
 
 
 def outcome(row):

@@ -72,7 +72,12 @@ fn rows_become_the_same_messages() {
         let text = format!("{id} “\u{1f600}”\0\n").repeat(1 + id as usize % 700);
         let messages = vec![
             Message::of(Role::System, "s"),
-            Message { role: Role::User, parts: vec![text, String::new()], train: Some(id.is_multiple_of(2)) },
+            Message {
+                role: Role::User,
+                parts: vec![text, String::new()],
+                calls: vec![],
+                train: Some(id.is_multiple_of(2)),
+            },
             Message::of(Role::Assistant, "answer"),
         ];
         Row { id, cells: vec![Cell::Messages(messages)] }

@@ -75,7 +75,7 @@ fn open(template: &SharedTemplate) -> Box<dyn RowTemplate> {
 }
 
 fn message(role: Role, parts: &[&str], train: Option<bool>) -> Message {
-    Message { role, parts: parts.iter().map(|part| part.to_string()).collect(), train }
+    Message { role, parts: parts.iter().map(|part| part.to_string()).collect(), calls: vec![], train }
 }
 
 /// Conversations of one turn and of several, with and without an answer, and texts that an encoding could change.
@@ -88,13 +88,15 @@ fn rows() -> Vec<Row> {
         let system = message(Role::System, &["s"], None);
         let user = message(Role::User, &["first part, ", text], None);
         let answer = message(Role::Assistant, &[text], Some(text.is_empty()));
+        let calls = vec![format!("{{\"name\": \"f\", \"arguments\": {{\"x\": {:?}}}}}", text), text.to_owned()];
+        let call = Message { calls, ..answer.clone() };
         let tool = message(Role::Tool, &[text], Some(false));
         for messages in [
             vec![user.clone(), answer.clone()],
             vec![user.clone(), message(Role::Assistant, &[""], None)],
             vec![user.clone()],
             vec![message(Role::User, &[], None), message(Role::Assistant, &[], None)],
-            vec![system, user.clone(), answer.clone(), tool, answer.clone(), user, answer],
+            vec![system, user.clone(), call, tool, answer.clone(), user, answer],
             vec![],
         ] {
             rows.push(Row { id: u64::from(u32::MAX) + rows.len() as u64, cells: vec![Cell::Messages(messages)] });

@@ -47,7 +47,7 @@ fn script_report(text: &str) -> String {
 }
 
 fn message(role: Role, parts: &[&str], train: Option<bool>) -> Message {
-    Message { role, parts: parts.iter().map(|part| part.to_string()).collect(), train }
+    Message { role, parts: parts.iter().map(|part| part.to_string()).collect(), calls: vec![], train }
 }
 
 #[test]
@@ -295,6 +295,37 @@ fn a_component_says_what_became_of_a_row() {
     );
 }
 
+/// Made by either front, and handed through both by a template that wraps messages.
+#[test]
+fn tool_calls_go_through_both_fronts() {
+    let call = r#"{"name": "f", "arguments": {"x": 1}}"#;
+    let calls = |calls: &[&str]| Message {
+        calls: calls.iter().map(|call| call.to_string()).collect(),
+        ..message(Role::Assistant, &["a"], None)
+    };
+    let expected = Outcome::Keep(vec![message(Role::User, &["u"], None), calls(&[call, call])]);
+    let mut wasm = open("target/guests/odd_template.wasm", &tight(), &["input"]).unwrap();
+    assert_eq!(wasm.render(vec![row(0, &[Some("calls")])]).unwrap().remove(0), expected);
+    let made =
+        |text: &str| script(&format!("fn render(row) {{ let m = assistant(\"a\"); {text} }}"), &[Some("a"), None]);
+    let text = format!("m.calls = [`{call}`]; m.calls += `{call}`; [user(\"u\"), m]");
+    assert_eq!(made(&text).unwrap(), expected);
+    // A map is written as JSON.
+    let map = r#"m.calls = [#{name: "f", arguments: #{a: [1, 0.5, true, ()], b: "é\"", c: #{}}}]; [m]"#;
+    let json = r#"{"arguments":{"a":[1,0.5,true,null],"b":"é\"","c":{}},"name":"f"}"#;
+    assert_eq!(made(map).unwrap(), Outcome::Keep(vec![calls(&[json])]));
+    insta::assert_snapshot!(made("m.calls = [\n3]; [m]").unwrap_err(), @"
+    error: template `[DIR]/t.rhai` failed on row 4
+      --> [DIR]/t.rhai:1:44
+    cause: `calls` takes strings, and one of them is of type i64
+    ");
+    for path in ["templates/summarize.wasm", "templates/summarize.rhai"] {
+        let mut template = open(path, &GuestLimits::default(), &[MESSAGES]).unwrap();
+        let said = [calls(&[call, "no call at all"]), Message { parts: vec![], ..calls(&[call]) }];
+        assert_eq!(template.render(vec![conversation(0, &said)]).unwrap(), [Outcome::Keep(said.to_vec())], "{path}");
+    }
+}
+
 #[test]
 fn a_component_that_panics_repeats_its_first_error() {
     let mut template = open("target/guests/odd_template.wasm", &tight(), &["input"]).unwrap();
@@ -356,11 +387,11 @@ fn a_script_that_gives_back_something_else() {
     cause: `render` gave back an array with a value of type string, not an array of messages
     hint: give back an array of `user(…)`, `assistant(…)`, `system(…)`, or `skip(reason)`, or `fail(reason)`
     "#);
-    insta::assert_snapshot!(script_report("fn render(row) {\n    [user([row.output])]\n}"), @r#"
+    insta::assert_snapshot!(script_report("fn render(row) {\n    [user([row.output])]\n}"), @"
     error: template `[DIR]/t.rhai` failed on row 4
       --> [DIR]/t.rhai:2:6
-    cause: `user` takes strings, and one part is of type ()
-    "#);
+    cause: `user` takes strings, and one of them is of type ()
+    ");
     insta::assert_snapshot!(script_report("fn render(row) {\n    loop { }\n}"), @r#"
     error: template `[DIR]/t.rhai` failed on row 4
     cause: the guest computed for more than 0.4 s without a turn of its loop

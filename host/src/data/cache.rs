@@ -15,7 +15,7 @@ use crate::data::samples::{Samples, Tokenized};
 use crate::error::{Error, IoContext, Result};
 
 /// Raise it whenever the same key parts give other tokens (the rules, the tokenizers library) or the layout changes.
-const CODE_VERSION: u32 = 2;
+const CODE_VERSION: u32 = 3;
 
 pub struct Cache {
     path: PathBuf,

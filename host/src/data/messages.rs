@@ -8,6 +8,7 @@
 use serde_json::{Map, Value};
 
 use crate::config::plan::{ChatStyle, DatasetPlan, RowsPlan};
+use crate::data::calls::Call;
 use crate::data::source::SourceCell;
 use crate::data::template::{Cell, MESSAGES, Message, Outcome, Role, Row, RowTemplate, SharedTemplate, Templates};
 use crate::error::{Error, Result};
@@ -273,16 +274,7 @@ fn set_system(messages: &mut Vec<Message>, system: &str) {
 }
 
 /// The turns of a list, in either form that data sets have them.
-fn turns_of(turns: &Value, style: ChatStyle) -> Result<Vec<Message>, String> {
-    // Tables of text hold it as one.
-    let parsed: Value;
-    let turns = match turns {
-        Value::String(text) => {
-            parsed = serde_json::from_str(text).map_err(|error| format!("it is a text, and no JSON: {error}"))?;
-            &parsed
-        }
-        turns => turns,
-    };
+pub fn turns_of(turns: &Value, style: ChatStyle) -> Result<Vec<Message>, String> {
     let Value::Array(turns) = turns else { return Err(format!("a list of turns is needed, found {}", kind(turns))) };
     let turn = |(index, turn): (usize, &Value)| {
         let Value::Object(turn) = turn else { return Err(format!("turn {index} is {}", kind(turn))) };
@@ -295,19 +287,37 @@ fn turns_of(turns: &Value, style: ChatStyle) -> Result<Vec<Message>, String> {
     turns.iter().enumerate().map(turn).collect()
 }
 
-/// `{"from": "human", "value": "…"}`
+/// `{"from": "human", "value": "…"}`; a `function_call` has the JSON of one call or of a list of them.
 fn sharegpt(turn: &Map<String, Value>) -> Result<Message, String> {
     let role = match text(turn, "from")? {
         "system" => Role::System,
         "human" | "user" => Role::User,
         "gpt" | "assistant" => Role::Assistant,
-        "tool" => Role::Tool,
-        other => return Err(format!("is from `{other}`; known are system, human, gpt and tool")),
+        "tool" | "observation" => Role::Tool,
+        "function_call" => {
+            let value = turn.get("value").unwrap_or(&Value::Null);
+            let parsed: Value;
+            let value = match value {
+                Value::String(text) => {
+                    parsed =
+                        serde_json::from_str(text).map_err(|error| format!("makes a call that is no JSON: {error}"))?;
+                    &parsed
+                }
+                value => value,
+            };
+            let calls = if let Value::Array(calls) = value { calls } else { std::slice::from_ref(value) };
+            return calling(vec![], calls);
+        }
+        other => {
+            let known = "system, human, gpt, tool, function_call and observation";
+            return Err(format!("is from `{other}`; known are {known}"));
+        }
     };
     Ok(Message::of(role, text(turn, "value")?))
 }
 
-/// `{"role": "user", "content": "…"}`; the content may be a list of parts, each a text.
+/// `{"role": "user", "content": "…"}`; the content may be a list of parts, each a text. The assistant's may have `tool_calls`,
+/// and no content then. Which call a tool answers is told by its place; `tool_call_id` is not asked.
 fn openai(turn: &Map<String, Value>) -> Result<Message, String> {
     let role = match text(turn, "role")? {
         "ipython" => Role::Tool,
@@ -316,8 +326,13 @@ fn openai(turn: &Map<String, Value>) -> Result<Message, String> {
             .find(|role| role.name() == name)
             .ok_or_else(|| format!("has the role `{name}`; known are system, user, assistant and tool"))?,
     };
-    if turn.get("tool_calls").is_some_and(|calls| !calls.is_null() && calls != &Value::Array(vec![])) {
-        return Err("has `tool_calls`, which are not read yet; write the call as its `content`".to_owned());
+    let calls = match turn.get("tool_calls") {
+        None | Some(Value::Null) => &[][..],
+        Some(Value::Array(calls)) => calls,
+        Some(other) => return Err(format!("has {} for its `tool_calls`, where a list is needed", kind(other))),
+    };
+    if role != Role::Assistant && !calls.is_empty() {
+        return Err(format!("has `tool_calls`, and is the {}'s; the assistant calls tools", role.name()));
     }
     let part = |part: &Value| {
         let part = part.as_object().ok_or("has a part that is no object")?;
@@ -328,9 +343,23 @@ fn openai(turn: &Map<String, Value>) -> Result<Message, String> {
     };
     let parts = match turn.get("content") {
         Some(Value::Array(parts)) => parts.iter().map(part).collect::<Result<_, _>>()?,
+        None | Some(Value::Null) if !calls.is_empty() => vec![],
         _ => vec![text(turn, "content")?.to_owned()],
     };
-    Ok(Message { role, parts, train: None })
+    if calls.is_empty() { Ok(Message { parts, ..Message::of(role, "") }) } else { calling(parts, calls) }
+}
+
+/// The assistant's message that calls tools.
+fn calling(parts: Vec<String>, calls: &[Value]) -> Result<Message, String> {
+    if calls.is_empty() {
+        return Err("makes no call".to_owned());
+    }
+    let call = |(index, call): (usize, &Value)| match Call::of(call) {
+        Ok(call) => Ok(call.json("arguments")),
+        Err(why) => Err(format!("makes a call (number {index}) that {why}")),
+    };
+    let calls = calls.iter().enumerate().map(call).collect::<Result<_, _>>()?;
+    Ok(Message { role: Role::Assistant, parts, calls, train: None })
 }
 
 fn text<'v>(turn: &'v Map<String, Value>, key: &str) -> Result<&'v str, String> {
@@ -347,7 +376,8 @@ fn kind(value: &Value) -> &'static str {
     super::source::json_kind(value)
 }
 
-/// torchtune's rules of a conversation, but that a tool's answer may follow any of the assistant's messages.
+/// torchtune's rules of a conversation, but that a tool's answer may follow any of the assistant's messages. Calls are answered
+/// next, by no more messages than there are calls, or nothing follows them.
 fn check(messages: &[Message]) -> Result<(), String> {
     if messages.len() < 2 {
         return Err(format!("a conversation has two messages at least, and this one {}", messages.len()));
@@ -364,6 +394,14 @@ fn check(messages: &[Message]) -> Result<(), String> {
             (Role::Tool, None | Some(Role::System | Role::User)) => "is a tool's, and follows none of the assistant's",
             _ => {
                 before = Some(message.role);
+                let (calls, rest) = (message.calls.len(), &messages[index + 1..]);
+                let answers = rest.iter().take_while(|message| message.role == Role::Tool).count();
+                if calls > 0 && answers > calls {
+                    return Err(format!("message {} is a tool's, and answers no call", index + 1 + calls));
+                }
+                if calls > 0 && answers == 0 && !rest.is_empty() {
+                    return Err(format!("message {index} calls tools, and no tool's message follows"));
+                }
                 continue;
             }
         };

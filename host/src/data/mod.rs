@@ -6,6 +6,7 @@
 
 pub mod batches;
 pub mod cache;
+pub mod calls;
 pub mod encode;
 pub mod messages;
 pub mod order;
@@ -19,6 +20,7 @@ pub mod tokenize;
 mod tests;
 
 pub use batches::{BatchLayout, MicroBatch, microbatches};
+pub use calls::Call;
 pub use encode::{Encoder, encode_prompt, encode_text};
 pub use order::Order;
 pub use samples::{IGNORE_INDEX, Piece, Report, Sample, SampleRef, Tokenized};

@@ -61,18 +61,10 @@ pub enum SourceCell {
 impl SourceCell {
     /// Marks the special tokens that its texts spell.
     pub fn mark(&mut self, special: &SpecialTokens) {
-        fn mark(value: &mut Value, special: &SpecialTokens) {
-            match value {
-                Value::String(text) => special.mark(text),
-                Value::Array(items) => items.iter_mut().for_each(|item| mark(item, special)),
-                Value::Object(fields) => fields.values_mut().for_each(|field| mark(field, special)),
-                _ => {}
-            }
-        }
         match self {
             Self::None => {}
             Self::Text(text) => special.mark(text),
-            Self::Nested(value) => mark(value, special),
+            Self::Nested(value) => special.mark_json(value),
         }
     }
 }
@@ -116,6 +108,12 @@ impl Wanted {
     fn of_json(&self, value: Option<&Value>) -> Result<SourceCell, String> {
         match (self.want, value) {
             (Want::TextOrNone, None | Some(Value::Null)) => Ok(SourceCell::None),
+            // Tables of text hold it as one. It is read here, so that whoever looks into it sees what it says.
+            (Want::Nested, Some(Value::String(text))) => {
+                let parsed = serde_json::from_str(text);
+                let why = |error| format!("`{}`: it is a text, and no JSON: {error}", self.column);
+                parsed.map(SourceCell::Nested).map_err(why)
+            }
             (Want::Nested, Some(value)) if !value.is_null() => Ok(SourceCell::Nested(value.clone())),
             (_, value) => json_text(value, &self.column).map(SourceCell::Text),
         }
@@ -633,7 +631,8 @@ fn cells_of(batch: &RecordBatch, columns: &[Wanted]) -> Result<VecDeque<Result<V
     Ok((0..batch.num_rows()).map(row).collect())
 }
 
-/// A value of lists, structures and scalars as JSON; scalars by their text, which is all that is asked of them.
+/// A value of lists, structures and scalars as JSON. A structure's field that is null is left out: all structures of a
+/// column have the same fields, those that a row does not have among them.
 fn json_of(array: &dyn Array, i: usize) -> Value {
     if array.is_null(i) {
         return Value::Null;
@@ -647,7 +646,12 @@ fn json_of(array: &dyn Array, i: usize) -> Value {
             let columns = array.as_struct().columns();
             let value =
                 |(field, column): (&Arc<Field>, &Arc<dyn Array>)| (field.name().clone(), json_of(column.as_ref(), i));
-            Value::Object(fields.iter().zip(columns).map(value).collect())
+            Value::Object(fields.iter().zip(columns).map(value).filter(|(_, value)| !value.is_null()).collect())
+        }
+        DataType::Boolean => array.as_boolean().value(i).into(),
+        kind if kind.is_numeric() => {
+            let text = arrow::util::display::array_value_to_string(array, i).unwrap_or_default();
+            serde_json::from_str(&text).unwrap_or(Value::String(text))
         }
         _ => arrow::util::display::array_value_to_string(array, i).map_or(Value::Null, Value::String),
     }

@@ -15,7 +15,7 @@ pub enum Role {
     System,
     User,
     Assistant,
-    /// What a tool answered; the assistant's message before it is the call.
+    /// What a tool answered, to a call of the assistant's message before it.
     Tool,
 }
 
@@ -40,6 +40,8 @@ pub const MESSAGES: &str = "messages";
 pub struct Message {
     pub role: Role,
     pub parts: Vec<String>,
+    /// The tools that the assistant calls after its text, each a JSON object of `name` and `arguments`.
+    pub calls: Vec<String>,
     /// Whether the template wants loss on this message; `None` leaves it to `train_on_input`.
     pub train: Option<bool>,
 }
@@ -47,7 +49,7 @@ pub struct Message {
 impl Message {
     /// A message of one part.
     pub fn of(role: Role, text: impl Into<String>) -> Self {
-        Self { role, parts: vec![text.into()], train: None }
+        Self { role, parts: vec![text.into()], calls: vec![], train: None }
     }
 }
 

@@ -1,5 +1,7 @@
 //! The data path end to end, on files: from rows to the tokens torchtune makes of them, and everything bad input does.
 
+mod calls;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -76,7 +78,7 @@ fn summarize(row: &Row) -> Outcome {
         _ => {}
     }
     let parts = ["Summarize this dialogue:\n", document, "\n---\nSummary:\n"].map(str::to_owned);
-    let asked = Message { role: Role::User, parts: parts.to_vec(), train: None };
+    let asked = Message { role: Role::User, parts: parts.to_vec(), calls: vec![], train: None };
     let answer = match summary {
         Cell::Text(summary) => Some(Message::of(Role::Assistant, summary)),
         _ => None,
@@ -272,7 +274,7 @@ fn cut_samples_are_counted() {
 #[test]
 fn messages_decide_what_is_trained() {
     let tokenizer = tiny();
-    let message = |role, train| Message { role, parts: vec!["x".to_owned()], train };
+    let message = |role, train| Message { role, parts: vec!["x".to_owned()], calls: vec![], train };
     let trained = |messages: &[Message], train_on_input| {
         let encoder = Encoder { tokenizer: &tokenizer, max_seq_len: None, train_on_input };
         encoder.sample(messages).unwrap().trained
@@ -737,7 +739,7 @@ fn conversations_are_read_in_both_forms() {
     let (user, answer) = (turn("human", "u"), turn("gpt", "a"));
     assert_eq!(
         why(sharegpt, two(user.clone(), turn("bing", "a"))),
-        "`talk`: turn 1 is from `bing`; known are system, human, gpt and tool"
+        "`talk`: turn 1 is from `bing`; known are system, human, gpt, tool, function_call and observation"
     );
     assert_eq!(
         why(openai, two(user.clone(), answer.clone())),
@@ -748,9 +750,6 @@ fn conversations_are_read_in_both_forms() {
         why(openai, two(message("user", image), message("assistant", "a".into()))),
         "`talk`: turn 0 has a part of type `image_url`; texts are read"
     );
-    let mut call = message("assistant", Value::Null);
-    call["tool_calls"] = serde_json::json!([{"function": {"name": "f"}}]);
-    assert!(why(openai, two(message("user", "u".into()), call)).starts_with("`talk`: turn 1 has `tool_calls`"));
     for (turns, expected) in [
         (vec![user.clone()], "a conversation has two messages at least, and this one 1"),
         (vec![answer.clone(), user.clone()], "message 0 is the assistant's, and answers no user's or tool's"),
@@ -920,7 +919,7 @@ fn conversations() -> Vec<Conversation> {
             plan.turn_texts = roles.clone();
         }
         let turns: Vec<(String, String)> = serde_json::from_value(case["turns"].clone()).unwrap();
-        let message = |(role, text): (String, String)| Message { role: speaker(&role), parts: vec![text], train: None };
+        let message = |(role, text): (String, String)| Message::of(speaker(&role), text);
         let tokens: Vec<u32> = serde_json::from_value(case["tokens"].clone()).unwrap();
         let runs: Vec<(usize, usize)> = serde_json::from_value(case["trained"].clone()).unwrap();
         let trained = (0..tokens.len()).map(|i| runs.iter().any(|&(start, end)| (start..end).contains(&i))).collect();
@@ -970,11 +969,7 @@ fn a_prompt_is_how_a_sample_of_its_format_begins() {
 fn the_left_end_can_go() {
     let plan = TokenizerPlan { truncation: Truncation::Left, ..crate::tokenizer::tests::family("llama3") };
     let tokenizer = Tokenizer::of(&plan).unwrap();
-    let messages = [Role::User, Role::Assistant].map(|role| Message {
-        role,
-        parts: vec!["one two three four five".to_owned()],
-        train: None,
-    });
+    let messages = [Role::User, Role::Assistant].map(|role| Message::of(role, "one two three four five"));
     let encode =
         |max_seq_len| Encoder { tokenizer: &tokenizer, max_seq_len, train_on_input: false }.sample(&messages).unwrap();
     let (whole, cut) = (encode(None), encode(Some(9)));
@@ -988,7 +983,7 @@ const CHAT_ML: &str = "{{ bos_token }}{% for m in messages %}<|start_header_id|>
 
 #[test]
 fn a_chat_template_says_whose_tokens_are_whose() {
-    let message = |role, text: &str| Message { role, parts: vec![text.to_owned()], train: None };
+    let message = |role, text: &str| Message::of(role, text);
     let messages = [
         message(Role::System, "s"),
         message(Role::User, "u v"),

@@ -14,6 +14,7 @@ use serde_json::Value as Json;
 
 use super::side_files::read_json;
 use crate::config::plan::TokenizerPlan;
+use crate::data::Call;
 use crate::error::{Error, Result};
 
 /// Steps of one rendering; a conversation of a thousand turns takes a hundredth of it.
@@ -27,11 +28,27 @@ pub struct ChatTemplate {
     variables: serde_json::Map<String, Json>,
 }
 
-/// A message as templates know it.
+/// A message as templates know it. What it does not have is not there: templates ask for that.
 #[derive(Clone, Debug, Serialize)]
 pub struct ChatMessage {
     pub role: &'static str,
-    pub content: String,
+    /// None beside calls, as in what OpenAI's servers send.
+    pub content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+    /// Of a tool's answer: which call it answers, and whose.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_call_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// A call as templates know it.
+#[derive(Clone, Debug, Serialize)]
+pub struct ToolCall {
+    pub id: String,
+    pub r#type: &'static str,
+    pub function: Call,
 }
 
 impl ChatTemplate {
@@ -126,8 +143,28 @@ fn one_line(error: &JinjaError) -> String {
 
 /// `json.dumps(…, ensure_ascii=False)`: not Jinja's own, which escapes what HTML minds.
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, JinjaError> {
-    struct Spaced;
-    impl serde_json::ser::Formatter for Spaced {
+    let indent: Option<usize> = options.get("indent")?;
+    let _: Option<bool> = options.get("ensure_ascii")?;
+    options.assert_all_used()?;
+    let text = match indent {
+        Some(indent) => {
+            let indent = " ".repeat(indent.min(16));
+            let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
+            let mut text = vec![];
+            let written = value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, formatter));
+            written.map_err(|error| JinjaError::new(ErrorKind::BadSerialization, error.to_string()))?;
+            String::from_utf8_lossy(&text).into_owned()
+        }
+        None => python_json(value),
+    };
+    // Safe: not to be escaped again.
+    Ok(Value::from_safe_string(text))
+}
+
+/// What Python's `json.dumps(value, ensure_ascii=False)` writes: the JSON that models have learnt to write and to read.
+pub fn python_json(value: &impl Serialize) -> String {
+    struct Python;
+    impl serde_json::ser::Formatter for Python {
         fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
             if first { Ok(()) } else { writer.write_all(b", ") }
         }
@@ -137,22 +174,22 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, JinjaError> {
         fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
             writer.write_all(b": ")
         }
-    }
-    let indent: Option<usize> = options.get("indent")?;
-    let _: Option<bool> = options.get("ensure_ascii")?;
-    options.assert_all_used()?;
-    let mut text = vec![];
-    let written = match indent {
-        Some(indent) => {
-            let indent = " ".repeat(indent.min(16));
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, formatter))
+        fn write_f64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
+            let scientific = format!("{value:e}");
+            let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+            match exponent.parse::<i32>() {
+                Ok(exponent) if !(-4..16).contains(&exponent) => {
+                    let sign = if exponent < 0 { '-' } else { '+' };
+                    write!(writer, "{digits}e{sign}{:02}", exponent.abs())
+                }
+                _ => write!(writer, "{value:?}"),
+            }
         }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, Spaced)),
-    };
-    written.map_err(|error| JinjaError::new(ErrorKind::BadSerialization, error.to_string()))?;
-    // Safe: not to be escaped again.
-    Ok(Value::from_safe_string(String::from_utf8_lossy(&text).into_owned()))
+    }
+    let mut text = vec![];
+    // Fails for no value that is made of JSON.
+    let written = value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, Python));
+    written.map(|()| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default()
 }
 
 /// Friday, 26 July 2024, midnight.

@@ -5,6 +5,8 @@
 //! stands for nothing goes in behind the first. A text that has the mark is encoded without it, and what was marked is no
 //! token. Not noticed is a spelling that a template puts together out of pieces of rows.
 
+use serde_json::Value;
+
 /// A code point that Unicode keeps for a program's own use, and that no text has.
 const MARK: char = '\u{fdd0}';
 
@@ -51,6 +53,23 @@ impl SpecialTokens {
             let behind = from + at + spelling.chars().next().map_or(0, char::len_utf8);
             text.insert(behind, MARK);
             from = behind;
+        }
+    }
+
+    /// Marks the spellings in every text of a JSON value, names of fields among them.
+    pub fn mark_json(&self, value: &mut Value) {
+        match value {
+            Value::String(text) => self.mark(text),
+            Value::Array(items) => items.iter_mut().for_each(|item| self.mark_json(item)),
+            Value::Object(fields) => {
+                let marked = std::mem::take(fields).into_iter().map(|(mut name, mut field)| {
+                    self.mark(&mut name);
+                    self.mark_json(&mut field);
+                    (name, field)
+                });
+                *fields = marked.collect();
+            }
+            _ => {}
         }
     }
 

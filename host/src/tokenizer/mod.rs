@@ -26,7 +26,7 @@ use crate::config::plan::{MessageFormat, TokenizerPlan, Truncation};
 use crate::data::template::Role;
 use crate::error::{Error, Result};
 
-pub use chat_template::{ChatMessage, ChatTemplate};
+pub use chat_template::{ChatMessage, ChatTemplate, ToolCall, python_json};
 pub use files::Kind;
 pub use marks::{SpecialTokens, unmarked};
 

@@ -291,10 +291,14 @@ fn chat_templates_have_what_they_use() {
          {{- bos_token ~ eos_token ~ date ~ ns.n }}{% if add_generation_prompt %}>{% endif %}\n",
     );
     let template = ChatTemplate::read(&plan).unwrap();
-    let messages = [
-        ChatMessage { role: "system", content: "s".to_owned() },
-        ChatMessage { role: "user", content: " é <b> ".to_owned() },
-    ];
+    let said = |role, content: &str| ChatMessage {
+        role,
+        content: Some(content.to_owned()),
+        tool_calls: vec![],
+        tool_call_id: None,
+        name: None,
+    };
+    let messages = [said("system", "s"), said("user", " é <b> ")];
     let text = template.render(&messages, true).unwrap();
     assert_eq!(text, "é{\"a\": [1, \" é <b> \"]}<|begin_of_text|><|eot_id|>26 Jul 20241>");
 

@@ -666,6 +666,14 @@ pub const TEMPLATE_FUNCTIONS: &[(&str, &str)] = &[
     ("fn get text(self: Message) -> String", "The text of all parts."),
     ("fn get parts(self: Message) -> Array", "The parts, each a string."),
     ("fn set parts(self: Message, parts: Array)", "Replaces the parts."),
+    (
+        "fn get calls(self: Message) -> Array",
+        "The tools that the assistant calls after its text, each a string of JSON: `{\"name\": …, \"arguments\": {…}}`.",
+    ),
+    (
+        "fn set calls(self: Message, calls: Array)",
+        "Replaces the calls, each a string of JSON or a map: `#{name: …, arguments: #{…}}`.",
+    ),
     ("fn set train(self: Message, train: bool)", "Decides about loss on this message, whatever the config says."),
     (
         "fn wrap(self: Message, before: String, after: String) -> Message",

@@ -106,7 +106,7 @@ impl From<String> for RowError {
 impl Message {
     /// A message whose parts are tokenised each on its own; loss as the config says.
     pub fn new<P: Into<String>>(role: Role, parts: impl IntoIterator<Item = P>) -> Self {
-        Self { role, parts: parts.into_iter().map(Into::into).collect(), train: None }
+        Self { role, parts: parts.into_iter().map(Into::into).collect(), calls: vec![], train: None }
     }
 
     /// Sets the scene.
@@ -127,6 +127,13 @@ impl Message {
     /// What a tool answered.
     pub fn tool<P: Into<String>>(parts: impl IntoIterator<Item = P>) -> Self {
         Self::new(Role::Tool, parts)
+    }
+
+    /// Calls a tool after the text: a JSON object, `{"name": "weather", "arguments": {"city": "Ulm"}}`.
+    #[must_use]
+    pub fn call(mut self, call: impl Into<String>) -> Self {
+        self.calls.push(call.into());
+        self
     }
 
     /// The text of all parts.

@@ -12,6 +12,7 @@ use host::data::template::{Cell, MESSAGES, Message, OpenTemplate, Outcome, Role,
 use host::worker::StopFlag;
 use host::{Error, Result};
 use rhai::{AST, Array, CallFnOptions, Dynamic, Engine, EvalAltResult, ImmutableString, Map, Position, Scope};
+use serde_json::Value;
 use wasmtime::Store;
 use wasmtime::component::{HasSelf, Linker};
 
@@ -196,7 +197,9 @@ fn text_bytes(cell: &Cell) -> usize {
     match cell {
         Cell::None => 0,
         Cell::Text(text) => text.len(),
-        Cell::Messages(messages) => messages.iter().flat_map(|message| &message.parts).map(String::len).sum(),
+        Cell::Messages(messages) => {
+            messages.iter().flat_map(|message| message.parts.iter().chain(&message.calls)).map(String::len).sum()
+        }
     }
 }
 
@@ -237,7 +240,7 @@ impl From<Message> for rows::Message {
             Role::Assistant => rows::Role::Assistant,
             Role::Tool => rows::Role::Tool,
         };
-        Self { role, parts: message.parts, train: message.train }
+        Self { role, parts: message.parts, calls: message.calls, train: message.train }
     }
 }
 
@@ -249,7 +252,7 @@ impl From<rows::Message> for Message {
             rows::Role::Assistant => Role::Assistant,
             rows::Role::Tool => Role::Tool,
         };
-        Self { role, parts: message.parts, train: message.train }
+        Self { role, parts: message.parts, calls: message.calls, train: message.train }
     }
 }
 
@@ -281,6 +284,7 @@ struct ScriptTemplate {
 struct ScriptMessage {
     role: Role,
     parts: Rc<Vec<ImmutableString>>,
+    calls: Rc<Vec<ImmutableString>>,
     train: Option<bool>,
 }
 
@@ -347,10 +351,11 @@ pub fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Share
         front.method(name, &["parts: String", "Message"], move |part: ImmutableString| ScriptMessage {
             role,
             parts: Rc::new(vec![part]),
+            calls: Rc::default(),
             train: None,
         });
         front.method(name, &["parts: Array", "Message"], move |parts: Array| -> RhaiResult<ScriptMessage> {
-            Ok(ScriptMessage { role, parts: text_parts(name, parts)?, train: None })
+            Ok(ScriptMessage { role, parts: texts(name, parts)?, calls: Rc::default(), train: None })
         });
     }
     front.method("pair", &["chosen: Array", "rejected: Array", "Verdict"], |chosen: Array, rejected: Array| {
@@ -369,6 +374,9 @@ pub fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Share
     });
     front.property("parts", &["self: Message", "Array"], |this: &mut ScriptMessage| -> Array {
         this.parts.iter().map(|part| part.clone().into()).collect()
+    });
+    front.property("calls", &["self: Message", "Array"], |this: &mut ScriptMessage| -> Array {
+        this.calls.iter().map(|call| call.clone().into()).collect()
     });
     front.method(
         "wrap",
@@ -393,23 +401,52 @@ pub fn template_engine(state: HostState, limits: &GuestLimits) -> (Engine, Share
         .register_type_with_name::<ScriptMessage>("Message")
         .register_type_with_name::<Verdict>("Verdict")
         .register_set("parts", |this: &mut ScriptMessage, parts: Array| -> RhaiResult<()> {
-            this.parts = text_parts("parts", parts)?;
+            this.parts = texts("parts", parts)?;
+            Ok(())
+        })
+        .register_set("calls", |this: &mut ScriptMessage, calls: Array| -> RhaiResult<()> {
+            let texts_of_maps = calls.into_iter().map(|call| match json(&call) {
+                Some(json @ Value::Object(_)) => json.to_string().into(),
+                _ => call,
+            });
+            this.calls = texts("calls", texts_of_maps.collect())?;
             Ok(())
         })
         .register_set("train", |message: &mut ScriptMessage, train: bool| message.train = Some(train));
     front.finish()
 }
 
-fn text_parts(name: &str, parts: Array) -> RhaiResult<Rc<Vec<ImmutableString>>> {
-    let text = |part: Dynamic| {
-        part.into_immutable_string().map_err(|kind| {
-            let message = format!("`{name}` takes strings, and one part is of type {kind}");
+/// A script's value as JSON; none where there is no way to write it.
+fn json(value: &Dynamic) -> Option<Value> {
+    Some(if value.is_map() {
+        let map = value.read_lock::<Map>()?;
+        let fields = map.iter().map(|(key, value)| Some((key.to_string(), json(value)?)));
+        Value::Object(fields.collect::<Option<_>>()?)
+    } else if value.is_array() {
+        Value::Array(value.read_lock::<Array>()?.iter().map(json).collect::<Option<_>>()?)
+    } else if value.is_unit() {
+        Value::Null
+    } else if let Ok(text) = value.as_immutable_string_ref() {
+        Value::from(text.as_str())
+    } else if let Ok(flag) = value.as_bool() {
+        flag.into()
+    } else if let Ok(number) = value.as_int() {
+        number.into()
+    } else {
+        serde_json::Number::from_f64(value.as_float().ok()?)?.into()
+    })
+}
+
+fn texts(name: &str, values: Array) -> RhaiResult<Rc<Vec<ImmutableString>>> {
+    let text = |value: Dynamic| {
+        value.into_immutable_string().map_err(|kind| {
+            let message = format!("`{name}` takes strings, and one of them is of type {kind}");
             let mut error = Map::new();
             error.insert("message".into(), message.into());
             EvalAltResult::ErrorRuntime(error.into(), Position::NONE).into()
         })
     };
-    parts.into_iter().map(text).collect::<RhaiResult<_>>().map(Rc::new)
+    values.into_iter().map(text).collect::<RhaiResult<_>>().map(Rc::new)
 }
 
 struct ScriptRows {
@@ -495,21 +532,24 @@ impl ScriptRows {
         let (mut bytes, most) = (0, self.limits.hostcall_mb << 20);
         let mut kept = vec![];
         for message in messages {
-            let ScriptMessage { role, parts, train } = message?;
-            bytes += size_of::<Message>() + parts.iter().map(|part| size_of::<String>() + part.len()).sum::<usize>();
+            let ScriptMessage { role, parts, calls, train } = message?;
+            let texts = parts.iter().chain(calls.iter());
+            bytes += size_of::<Message>() + texts.map(|text| size_of::<String>() + text.len()).sum::<usize>();
             if bytes > most {
                 let cause = format!("`render` gave back more than {most} bytes");
                 return Err(self.blame.error().cause(cause).hint("`limits.hostcall_mb` raises the limit"));
             }
-            kept.push(Message { role, parts: parts.iter().map(ImmutableString::to_string).collect(), train });
+            let [parts, calls] = [parts, calls].map(|texts| texts.iter().map(ImmutableString::to_string).collect());
+            kept.push(Message { role, parts, calls, train });
         }
         Ok(kept)
     }
 }
 
 impl From<Message> for ScriptMessage {
-    fn from(Message { role, parts, train }: Message) -> Self {
-        Self { role, parts: Rc::new(parts.into_iter().map(ImmutableString::from).collect()), train }
+    fn from(Message { role, parts, calls, train }: Message) -> Self {
+        let [parts, calls] = [parts, calls].map(|texts| texts.into_iter().map(ImmutableString::from).collect());
+        Self { role, parts: Rc::new(parts), calls: Rc::new(calls), train }
     }
 }
 

@@ -8,7 +8,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use host::config::metadata::Metadata;
-use host::config::plan::{GuestLimits, GuestRef, TestPlan};
+use host::config::plan::{ChatStyle, GuestLimits, GuestRef, TestPlan};
+use host::data::messages::turns_of;
 use host::data::template::{Cell, MESSAGES, Message, Outcome, Role, Row, RowTemplate};
 use host::error::IoContext;
 use host::kit::tiny;
@@ -219,14 +220,10 @@ fn cell(path: &Path, line: &Line, column: &str) -> Result<Cell> {
         };
     }
     if let Some(turns) = row.get(MESSAGES) {
-        let turn = |turn: &Value| {
-            let role =
-                Role::ALL.into_iter().find(|role| turn.get("role").and_then(Value::as_str) == Some(role.name()))?;
-            Some(Message::of(role, turn.get("content")?.as_str()?))
-        };
-        let turns = turns.as_array().and_then(|turns| turns.iter().map(turn).collect::<Option<Vec<_>>>());
-        let wrong = "`messages` of a row is a list of `{\"role\": \"user\", \"content\": \"…\"}`";
-        return turns.map(Cell::Messages).ok_or_else(|| bad_row(path, line, wrong));
+        let wrong = "`messages` of a row is no list of `{\"role\": \"user\", \"content\": \"…\"}`";
+        return turns_of(turns, ChatStyle::OpenAi)
+            .map(Cell::Messages)
+            .map_err(|why| bad_row(path, line, wrong).cause(why));
     }
     let said = [("input", Role::User), ("output", Role::Assistant)].into_iter();
     let said = said.filter_map(|(column, role)| Some(Message::of(role, row.get(column)?.as_str()?)));
@@ -236,6 +233,9 @@ fn cell(path: &Path, line: &Line, column: &str) -> Result<Cell> {
 fn as_json(outcome: Outcome) -> Map<String, Value> {
     let message = |message: Message| {
         let mut object = json!({"role": message.role, "parts": message.parts});
+        if !message.calls.is_empty() {
+            object["calls"] = message.calls.into();
+        }
         if let Some(train) = message.train {
             object["train"] = train.into();
         }

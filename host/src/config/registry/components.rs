@@ -172,7 +172,11 @@ const ALPACA_CLEANED: &[Key] = &[
 
 const CHAT: &[Key] = &[
     required("source", Type::Text, SOURCE),
-    required("conversation_style", Type::OneOf(&["sharegpt", "openai"]), "How a turn says whose it is."),
+    required(
+        "conversation_style",
+        Type::OneOf(&["sharegpt", "openai"]),
+        "How a turn says whose it is, and which tools it calls.",
+    ),
     optional("conversation_column", Type::Text, "The column of conversations; `conversations` or `messages` by style."),
     TRAIN_ON_INPUT,
     NEW_SYSTEM_PROMPT,
@@ -402,7 +406,7 @@ const OTHERS: &[Component] = &[
         "qwen2_5_tokenizer",
         &["torchtune.models.qwen2_5.qwen2_5_tokenizer"],
         &[VOCABULARY, MESSAGES, SPECIAL_TOKENS, MERGES],
-        "Qwen 2.5's messages, with tool calls.",
+        "Qwen 2.5's messages, tool calls and their answers among them.",
     ),
     tokenizer(
         "qwen3_tokenizer",

@@ -31,6 +31,10 @@ impl Template for Odd {
                     held.push(std::hint::black_box(vec![1u8; 1 << 20]));
                 }
             }
+            "calls" => {
+                let call = r#"{"name": "f", "arguments": {"x": 1}}"#;
+                Ok(vec![Message::user(["u"]), Message::assistant(["a"]).call(call).call(call)])
+            }
             text => Ok(vec![Message::user([text]).wrap(&self.before, "")]),
         }
     }
