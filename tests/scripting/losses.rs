@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::support::{guest, tight};
 
-const SCRIPT: &str = "examples/own_loss/focal.rhai";
+pub const SCRIPT: &str = "examples/own_loss/focal.rhai";
 const COMPONENT: &str = "target/guests/focal.wasm";
 
 /// Scores `[5, 7]` with gradient, and labels.
@@ -22,7 +22,7 @@ fn with(path: &str, settings: Value) -> GuestRef {
 }
 
 /// Sum, weight and the gradient of the scores.
-fn through(path: &str, gamma: f64) -> (f64, f64, Vec<f32>) {
+pub fn through(path: &str, gamma: f64) -> (f64, f64, Vec<f32>) {
     let mut loss = open_loss(&with(path, json!({ "gamma": gamma })), &GuestLimits::default()).unwrap();
     let (scores, labels) = batch();
     // Twice, as a run does: one call leaves nothing to the next.

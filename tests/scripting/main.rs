@@ -2,6 +2,7 @@
 //!
 //! The guests are built by `cargo xtask build`.
 
+mod corpus;
 mod costs;
 mod files;
 mod handmade;

@@ -17,7 +17,7 @@ use crate::support::{Linear, Record, run_with};
 /// What a guest does with `x` `[L, V]` and `labels` `[L]`: its name, in Rhai, and in libtorch. `positive` is `x·x + 1`.
 type Operation = (&'static str, &'static str, fn(&Tensor, &Tensor, &Tensor) -> Tensor);
 
-const OPERATIONS: &[Operation] = &[
+pub const OPERATIONS: &[Operation] = &[
     ("shape", "x * (x.shape[1] + 0.0)", |x, _, _| x * x.size()[1] as f64),
     ("add", "x.add(x * 2.0)", |x, _, _| x + x * 2.0),
     ("sub", "x.sub(positive)", |x, _, positive| x - positive),
@@ -145,7 +145,7 @@ fn through_wasm(name: &str) -> Record {
     run_with("target/guests/operations.wasm", &GuestLimits::default(), training, StopFlag::default()).unwrap()
 }
 
-fn directly(operation: fn(&Tensor, &Tensor, &Tensor) -> Tensor) -> Record {
+pub fn directly(operation: fn(&Tensor, &Tensor, &Tensor) -> Tensor) -> Record {
     let mut training = Linear::new(json!({}));
     while training.next_step().unwrap() {
         while let Some(batch) = training.next_batch().unwrap() {

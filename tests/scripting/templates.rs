@@ -335,6 +335,8 @@ fn a_component_that_panics_repeats_its_first_error() {
       --> tests/scripting/guests/odd_template/src/lib.rs:24
     cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:24:25:
     cause: row 8 is odd
+    cause: in `render` (tests/scripting/guests/odd_template/src/lib.rs:24)
+    cause: in `outcome` (tests/scripting/guests/odd_template/src/lib.rs:44)
     ");
     let again = template.render(vec![row(9, &[Some("text")])]).unwrap_err();
     assert_eq!(again.to_string(), error.to_string());
@@ -347,6 +349,8 @@ fn a_component_that_loops_is_ended() {
     error: template `target/guests/odd_template.wasm` failed on row 7
       --> tests/scripting/guests/odd_template/src/lib.rs:22
     cause: the guest computed for more than 0.4 s without a turn of its loop
+    cause: in `render` (tests/scripting/guests/odd_template/src/lib.rs:22)
+    cause: in `outcome` (tests/scripting/guests/odd_template/src/lib.rs:44)
     hint: look for a loop that does not end; work on many numbers belongs into tensor operations
     ");
 }

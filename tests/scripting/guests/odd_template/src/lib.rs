@@ -38,6 +38,14 @@ impl Template for Odd {
             text => Ok(vec![Message::user([text]).wrap(&self.before, "")]),
         }
     }
+
+    fn outcome(&mut self, row: Row) -> Result<Outcome, RowError> {
+        if row.get("input") != Some("pairs") {
+            return self.render(row).map(Outcome::Keep);
+        }
+        let [chosen, rejected] = ["better", "worse"].map(|answer| vec![Message::user(["u"]), Message::assistant([answer])]);
+        Ok(Outcome::Pair(Preference { chosen, rejected }))
+    }
 }
 
 host_sdk::template!(Odd);
