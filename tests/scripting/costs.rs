@@ -15,46 +15,71 @@ use serde_json::json;
 
 use crate::support::{Linear, guest, run_with};
 
-const CALLS: i64 = 300_000;
+/// The best of five.
+fn best(once: impl FnMut(i32) -> Duration) -> Duration {
+    (0..5).map(once).min().unwrap()
+}
 
-/// Time of one run of a guest that makes `count` calls of a kind; the best of three.
-fn time(path: &str, what: &str, count: i64) -> Duration {
-    let once = || {
-        let started = Instant::now();
-        let training = Linear::new(json!({ "recipe": { "hostile": what, "count": count } }));
-        let error = run_with(path, &GuestLimits::default(), training, StopFlag::default()).unwrap_err();
-        assert!(error.to_string().contains("before the run was complete"), "{error}");
-        started.elapsed()
+/// Nanoseconds of a call, by runs of a guest that make many and none.
+fn call_nanoseconds(path: &str, what: &str, key: &str, calls: i64) -> f64 {
+    let time = |count: i64| {
+        best(|_| {
+            let recipe = json!({
+                "hostile": what, "count": count, "key": key, "text": "x".repeat(1 << 10), "long": "x".repeat(64 << 10),
+                "short": "x".repeat(32), "k".repeat(32): 1, "k".repeat(1 << 10): 1, "k".repeat(64 << 10): 1,
+            });
+            let started = Instant::now();
+            let training = Linear::new(json!({ "recipe": recipe }));
+            let error = run_with(path, &GuestLimits::default(), training, StopFlag::default()).unwrap_err();
+            assert!(error.to_string().contains("before the run was complete"), "{error}");
+            started.elapsed()
+        })
     };
-    (0..3).map(|_| once()).min().unwrap()
+    time(calls).saturating_sub(time(0)).as_nanos() as f64 / calls as f64
 }
 
-fn nanoseconds(path: &str, what: &str) -> f64 {
-    let (none, all) = (time(path, what, 0), time(path, what, CALLS));
-    all.saturating_sub(none).as_nanos() as f64 / CALLS as f64
-}
-
+/// What crossing the boundary costs with nothing, texts, lists and tensors. `cargo xtask bench` reads these lines.
 #[test]
 #[ignore = "a measurement"]
-fn calls() {
+fn crossings() {
     let dir = tempfile::tempdir().unwrap();
     let script = |name: &str, call: &str| {
         let path = dir.path().join(name);
         let text = format!(
             "let run = host::open(); let step = run.next_step(); let batch = step.next_batch();
-             let labels = batch.labels(); let count = run.config(\"recipe.count\");
-             for i in 0..count {{ {call}; }}"
+             let labels = batch.labels(); let key = run.config(\"recipe.key\");
+             for i in 0..run.config(\"recipe.count\") {{ {call}; }}"
         );
         std::fs::write(&path, text).unwrap();
         path.to_str().unwrap().to_string()
     };
-    let wasm = "target/guests/hostile.wasm";
-    println!("a call without work (num-labels): Wasm {:.0} ns, Rhai {:.0} ns", nanoseconds(wasm, "calls"), {
-        nanoseconds(&script("calls.rhai", "batch.num_labels"), "calls")
-    });
-    println!("a tensor operation (detach): Wasm {:.0} ns, Rhai {:.0} ns", nanoseconds(wasm, "operates"), {
-        nanoseconds(&script("operates.rhai", "labels.detach()"), "operates")
-    });
+    let keys = [32, 1 << 10, 64 << 10].map(|length| format!("recipe.{}", "k".repeat(length)));
+    for (told, what, call, key, calls) in [
+        ("a call without work", "calls", "batch.num_labels", "", 300_000),
+        ("32 B to the guest", "asks", "run.config(key)", "recipe.short", 100_000),
+        ("1 KB to the guest", "asks", "run.config(key)", "recipe.text", 100_000),
+        ("64 KB to the guest", "asks", "run.config(key)", "recipe.long", 10_000),
+        ("32 B to the host", "asks", "run.config(key)", &keys[0], 100_000),
+        ("1 KB to the host", "asks", "run.config(key)", &keys[1], 100_000),
+        ("64 KB to the host", "asks", "run.config(key)", &keys[2], 10_000),
+        ("a tensor operation (detach)", "operates", "labels.detach()", "", 100_000),
+    ] {
+        let script = script(&format!("{what}.rhai"), call);
+        for (front, path) in [("Wasm", "target/guests/hostile.wasm"), ("Rhai", &script)] {
+            println!("crossing: {told}, {front}: {:.0} ns", call_nanoseconds(path, what, key, calls));
+        }
+    }
+    for (front, path) in [("Wasm", "templates/summarize.wasm"), ("Rhai", "templates/summarize.rhai")] {
+        // What an assistant says stays as it is: it goes in and comes out again.
+        let parts = vec!["a text of a list".to_owned(); 1000];
+        let messages = vec![Message { role: Role::Assistant, parts, train: None }];
+        let rows = vec![Row { id: 0, cells: vec![Cell::Messages(messages)] }; 200];
+        let template = open_template(&guest(path), &GuestLimits::default()).unwrap().open().unwrap();
+        println!(
+            "crossing: 1,000 texts to a template and back, {front}: {:.0} ns",
+            1e9 / rows_per_second(template, &rows)
+        );
+    }
 }
 
 /// Up to 20,000 conversations: `document` and `summary` of a JSONL file, which `cargo xtask bench` names, or made up.
@@ -90,7 +115,6 @@ fn template_rows() {
     }
 }
 
-/// The best of five.
 fn rows_per_second(mut template: Box<dyn RowTemplate>, rows: &[Row]) -> f64 {
     template.configure(&[MESSAGES.into()]).unwrap();
     let once = |_| {
@@ -99,7 +123,7 @@ fn rows_per_second(mut template: Box<dyn RowTemplate>, rows: &[Row]) -> f64 {
         template.render(rows).unwrap();
         started.elapsed()
     };
-    rows.len() as f64 / (0..5).map(once).min().unwrap().as_secs_f64()
+    rows.len() as f64 / best(once).as_secs_f64()
 }
 
 /// What `isolate: true` costs beside the same template in the worker's own process.

@@ -49,6 +49,17 @@ const DIR: &str = "target/bench";
 const ROWS: &str = "target/bench/rows.json";
 const WASM: &str = "recipes/lora_distributed.wasm";
 const RHAI: &str = "recipes/lora_distributed.rhai";
+/// Preferences, written with tensor operations.
+const DPO: [(&str, &str); 2] =
+    [("Wasm", "recipes/lora_dpo_distributed.wasm"), ("Rhai", "recipes/lora_dpo_distributed.rhai")];
+/// One pair a micro-batch, the smallest: where a script has the most to say.
+const DPO_SETTINGS: [&str; 4] = [
+    "dataset={_component_: preference_dataset, source: target/bench/pairs}",
+    "loss={_component_: DPOLoss}",
+    "batch_size=1",
+    "max_steps_per_epoch=3",
+];
+const DPO_STEPS: usize = 3;
 /// `host x2` is two ranks of one thread each, with half the accumulation.
 const PROGRAMS: [&str; 4] = ["host", "host x2", "torchtune", "peft"];
 /// Equal rows, weights and rules give equal first losses (adapters begin at zero); bf16 takes the rest.
@@ -90,10 +101,13 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
         }
     }
     compare_first_losses(&runs)?;
+    let dpo = prefer(root, args)?;
+    let start = costs::first_call(root, || prepare_host(root, WASM, 1, args).0)?;
+    // Last, because what it leaves is looked at.
     let (mut command, log) = prepare_host(root, RHAI, 1, args);
     let rhai = measure(command.arg("save_adapter_weights_only=False"), &log, &step_tokens)?;
     println!("once: host with the Rhai recipe and whole checkpoints: {rhai}");
-    let costs = costs::of(root, &peers, &runs["host"], &rhai)?;
+    let costs = costs::of(root, &peers, &runs["host"], &rhai, &dpo, start)?;
     let targets = targets::of(&runs, &costs);
     report(root, args, &runs, &costs, &targets, load_before)?;
     targets::check(&targets)
@@ -156,6 +170,30 @@ fn prepare_host(root: &Path, recipe: &str, ranks: usize, args: &Args) -> (Comman
     // The recipe's own time is logged there.
     host.env("HOST_LOG", "host=info,host_rank=debug");
     (host, StepLog::File(out.join("logs")))
+}
+
+/// Pairs out of the rows, the summary of one against the next one's, and a run on them with each form of the recipe.
+fn prefer(root: &Path, args: &Args) -> Result<Vec<(&'static str, Figures)>> {
+    let from = root.join(DATA_DIR).join("train.jsonl");
+    let text = fs::read_to_string(&from).path_context("read", &from)?;
+    let rows: Vec<serde_json::Value> =
+        text.lines().take(1 + DPO_STEPS * ACCUMULATION).filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let turn = |role: &str, text: &serde_json::Value| serde_json::json!({ "role": role, "content": text });
+    let pairs = rows.windows(2).map(|rows| {
+        let side = |row: &serde_json::Value| [turn("user", &rows[0]["document"]), turn("assistant", &row["summary"])];
+        format!("{}\n", serde_json::json!({ "chosen": side(&rows[0]), "rejected": side(&rows[1]) }))
+    });
+    let dir = root.join(DIR).join("pairs");
+    fs::create_dir_all(&dir).path_context("create", &dir)?;
+    let path = dir.join("train.jsonl");
+    fs::write(&path, pairs.collect::<String>()).path_context("write", &path)?;
+    let run = |(front, recipe)| {
+        let (mut command, log) = prepare_host(root, recipe, 1, args);
+        let figures = measure(command.args(DPO_SETTINGS), &log, &[0; DPO_STEPS])?;
+        println!("once: host with the {front} recipe of preferences: loss {:.4}", figures.first_loss);
+        Ok((front, figures))
+    };
+    DPO.into_iter().map(run).collect()
 }
 
 fn compare_first_losses(runs: &Runs) -> Result<()> {

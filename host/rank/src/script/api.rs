@@ -399,6 +399,7 @@ impl training::Host for HostState {
         }
         self.check_handles()?;
         self.opened = true;
+        tracing::debug!("the recipe opens its run");
         self.clock.restart();
         Ok(self.runs.insert(Run))
     }

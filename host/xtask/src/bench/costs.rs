@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use super::DIR;
@@ -13,12 +13,18 @@ use super::measure::{Figures, median};
 use crate::data::DATA_DIR;
 use crate::model::MODEL_DIR;
 use crate::peers::Peers;
-use crate::shell::{Failure, PathContext, Result, capture, cargo};
+use crate::shell::{Failure, PathContext, Result, capture, cargo, shown};
 
 #[derive(Debug, serde::Serialize)]
 pub struct Costs {
     /// What a recipe keeps of its loop: all that is not the run's own work, its calls' crossings among it.
     pub script_share: BTreeMap<&'static str, f64>,
+    /// The same of preferences, one pair a micro-batch.
+    pub preference_share: BTreeMap<&'static str, f64>,
+    /// Seconds from `host run` to the recipe's first call, compiling it and with it compiled.
+    first_call: [f64; 2],
+    /// Nanoseconds of what crosses the boundary.
+    crossings: Vec<(String, f64)>,
     /// Rows a second on one core, from cells to messages.
     template_rows_per_second: BTreeMap<String, f64>,
     pub data_path: DataPath,
@@ -42,11 +48,24 @@ struct Transfer {
 }
 
 /// `wasm` are runs with the Wasm recipe; `rhai` ran with the other one and wrote whole checkpoints.
-pub fn of(root: &Path, peers: &Peers, wasm: &[Figures], rhai: &Figures) -> Result<Costs> {
+pub fn of(
+    root: &Path,
+    peers: &Peers,
+    wasm: &[Figures],
+    rhai: &Figures,
+    preferences: &[(&'static str, Figures)],
+    first_call: [f64; 2],
+) -> Result<Costs> {
     let wasm_share = wasm.iter().map(script_share).collect::<Result<_>>()?;
     let loads = wasm.iter().map(|run| seconds(run, "loaded in ")).collect::<Result<_>>()?;
     Ok(Costs {
         script_share: [("Wasm", median(wasm_share)), ("Rhai", script_share(rhai)?)].into(),
+        preference_share: preferences
+            .iter()
+            .map(|(front, run)| Ok((*front, script_share(run)?)))
+            .collect::<Result<_>>()?,
+        first_call,
+        crossings: crossings(root)?,
         template_rows_per_second: templates(root, peers)?,
         data_path: data_path(root, peers)?,
         checkpoint_write: write(root, rhai)?,
@@ -78,11 +97,71 @@ fn said<'a>(run: &'a Figures, what: &str) -> Result<&'a str> {
     line.ok_or_else(|| Failure::new(format!("`host` did not log `{what}…`, which this measurement reads")))
 }
 
+/// From `host run` to the recipe's first call, the median of three: with no compiled guest in the cache, and with it.
+pub fn first_call(root: &Path, prepare: impl Fn() -> Command) -> Result<[f64; 2]> {
+    let cache = root.join(DIR).join("cache");
+    let once = |compiled: bool| -> Result<f64> {
+        if !compiled {
+            let _ = fs::remove_dir_all(cache.join("host/wasm"));
+        }
+        let mut command = prepare();
+        command.env("XDG_CACHE_HOME", &cache).arg("max_steps_per_epoch=1");
+        seconds_until(&mut command, "the recipe opens its run")
+    };
+    // It fills the other caches.
+    once(true)?;
+    let of = |compiled| (0..3).map(|_| once(compiled)).collect::<Result<Vec<_>>>().map(median);
+    Ok([of(false)?, of(true)?])
+}
+
+/// From the start of a program to the line of its log that holds `what`; the program is let end.
+fn seconds_until(command: &mut Command, what: &str) -> Result<f64> {
+    let shown = shown(command);
+    let failed = |why: String| Failure::new(format!("`{shown}` did not log `{what}`")).cause(why);
+    let started = Instant::now();
+    let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+    let mut child = child.map_err(|error| failed(error.to_string()))?;
+    let mut at = None;
+    let mut said = String::new();
+    for line in child.stderr.take().into_iter().flat_map(|stderr| BufReader::new(stderr).lines()).map_while(|l| l.ok())
+    {
+        if line.contains(what) {
+            at.get_or_insert(started.elapsed());
+        }
+        said = line;
+    }
+    let status = child.wait().map_err(|error| failed(error.to_string()))?;
+    match at {
+        Some(at) if status.success() => Ok(at.as_secs_f64()),
+        _ => Err(failed(format!("it ended ({status}): {said}"))),
+    }
+}
+
+/// The lines of a measurement among the tests.
+fn measured(root: &Path, name: &str, rows: Option<&Path>) -> Result<String> {
+    let mut test = cargo(root);
+    test.args("test --release --workspace --quiet --test scripting -- --ignored --nocapture".split(' ')).arg(name);
+    test.envs(rows.map(|rows| ("HOST_TEMPLATE_ROWS", rows)));
+    capture(&mut test)
+}
+
+fn crossings(root: &Path) -> Result<Vec<(String, f64)>> {
+    let printed = measured(root, "crossings", None)?;
+    // `crossing: a call without work, Wasm: 86 ns`
+    let line = |line: &str| {
+        let (what, time) = line.split_once("crossing: ")?.1.rsplit_once(": ")?;
+        Some((what.to_owned(), time.strip_suffix(" ns")?.parse().ok()?))
+    };
+    let crossings: Vec<_> = printed.lines().filter_map(line).collect();
+    if crossings.is_empty() {
+        return Err(Failure::new("no crossing was measured").cause(printed.trim()));
+    }
+    Ok(crossings)
+}
+
 fn templates(root: &Path, peers: &Peers) -> Result<BTreeMap<String, f64>> {
     let rows = format!("{DATA_DIR}/train.jsonl");
-    let mut test = cargo(root);
-    test.args("test --release --workspace --quiet --test scripting -- --ignored --nocapture template_rows".split(' '));
-    let printed = capture(test.env("HOST_TEMPLATE_ROWS", root.join(&rows)))?;
+    let printed = measured(root, "template_rows", Some(&root.join(&rows)))?;
     // `templates/summarize.wasm: 123456 rows/s of 1137 bytes`
     let ours = printed.lines().filter_map(|line| {
         let (path, rest) = line.split_once(": ")?;
@@ -234,6 +313,14 @@ impl fmt::Display for Transfer {
 impl fmt::Display for Costs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let theirs = self.template_rows_per_second["torchtune"];
+        let [compiling, compiled] = self.first_call;
+        writeln!(
+            f,
+            "`host run` to the recipe's first call: {compiling:.2} s compiling it, {compiled:.2} s with it compiled"
+        )?;
+        for (what, nanoseconds) in &self.crossings {
+            writeln!(f, "{what}: {nanoseconds:.0} ns")?;
+        }
         for (name, speed) in &self.template_rows_per_second {
             writeln!(f, "template {name}: {speed:.0} rows/s, {:.2}x torchtune's", speed / theirs)?;
         }

@@ -48,6 +48,13 @@ pub fn of(runs: &Runs, costs: &Costs) -> Vec<Target> {
     for (kind, share) in &costs.script_share {
         targets.push(Target::new(format!("share of a step, {kind} recipe"), *share, Bound::AtMost(0.005)));
     }
+    for (kind, share) in &costs.preference_share {
+        targets.push(Target::new(
+            format!("share of a step of preferences, {kind} recipe"),
+            *share,
+            Bound::AtMost(0.02),
+        ));
+    }
     targets
 }
 

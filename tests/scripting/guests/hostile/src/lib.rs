@@ -100,6 +100,12 @@ fn main() -> Result<()> {
                 black_box(labels.detach()?);
             }
         }
+        "asks" => {
+            let Value::Text(key) = run.config("recipe.key")? else { return Err("no `recipe.key`".into()) };
+            for _ in 0..count(&run)? {
+                black_box(run.config(&key)?);
+            }
+        }
         other => return Err(Error::new(format!("unknown `recipe.hostile: {other}`"))),
     }
     Ok(())
