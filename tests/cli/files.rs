@@ -118,6 +118,17 @@ fn a_loss_that_is_not_one() {
       --> command line
     hint: a guest's settings are single values
     ");
+    assert_snapshot!(case.validate(&["recipe={a: [1, .inf], b: .nan}"]), @"
+    exit 2
+    --- stderr
+    error: `recipe.a.1` must be a finite number, found the number `.inf`
+      --> command line
+    hint: a recipe can be given a text in its place
+
+    error: `recipe.b` must be a finite number, found the number `.nan`
+      --> command line
+    hint: a recipe can be given a text in its place
+    ");
     assert_snapshot!(case.validate(&["loss={_component_: focal}"]), @"
     exit 2
     --- stderr

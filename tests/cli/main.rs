@@ -8,6 +8,7 @@ mod dependencies;
 mod files;
 mod guests;
 mod hub;
+mod properties;
 #[path = "../support/hub.rs"]
 mod support_hub;
 mod verbs;

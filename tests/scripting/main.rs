@@ -12,6 +12,7 @@ mod languages;
 mod losses;
 mod memory;
 mod operations;
+mod properties;
 mod recipes;
 mod rhai_limits;
 mod support;

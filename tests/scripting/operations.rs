@@ -316,7 +316,7 @@ fn outcome(result: host::Result<Record>) -> String {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Random programs come to equal numbers, or to equal errors, through both fronts.
     #[test]

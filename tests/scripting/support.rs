@@ -31,7 +31,9 @@ pub struct Linear {
     next: u64,
     weight: f64,
     config: Value,
-    record: Arc<Mutex<Record>>,
+    pub record: Arc<Mutex<Record>>,
+    /// Keys that were asked for and are not there.
+    pub missed: Arc<Mutex<Vec<String>>>,
     /// The step whose end fails, as if another rank had died.
     pub fails_at: Option<usize>,
     /// Asks the run to stop when a batch is taken, as a signal at that moment would.
@@ -49,6 +51,7 @@ impl Linear {
             weight: 0.0,
             config,
             record: Arc::default(),
+            missed: Arc::default(),
             fails_at: None,
             stops_itself: false,
             stop: StopFlag::default(),
@@ -181,7 +184,11 @@ impl Training for Linear {
     }
 
     fn config(&self, key: &str) -> Option<Value> {
-        key.split('.').try_fold(&self.config, |section, name| section.get(name)).cloned()
+        let found = key.split('.').try_fold(&self.config, |section, name| section.get(name)).cloned();
+        if found.is_none() {
+            self.missed.lock().unwrap().push(key.to_owned());
+        }
+        found
     }
 
     fn current_step(&self) -> usize {

@@ -145,6 +145,7 @@ impl Verifier<'_> {
                 self.section(node, &[keys], path, false);
                 return true;
             }
+            Type::Settings => return self.finite(node, path),
             _ => {}
         }
         if fits(node, &key.ty) {
@@ -162,6 +163,27 @@ impl Verifier<'_> {
         let error = self.config.error(node.mark, format!("`{path}` must be {expected}, found {}", node.describe()));
         self.fail(error);
         false
+    }
+
+    /// Says which numbers are not finite: what guests are given knows no others.
+    fn finite(&mut self, node: &Node, path: &str) -> bool {
+        match &node.tree {
+            Tree::Scalar(value) if value.as_f64().is_some_and(|value| !value.is_finite()) => {
+                let what = format!("`{path}` must be a finite number, found {}", node.describe());
+                self.fail(self.config.error(node.mark, what).hint("a recipe can be given a text in its place"));
+                false
+            }
+            Tree::Scalar(_) | Tree::Broken => true,
+            Tree::List(items) => {
+                let each =
+                    items.iter().enumerate().map(|(index, item)| self.finite(item, &join(path, &index.to_string())));
+                each.fold(true, |all, one| all & one)
+            }
+            Tree::Map(entries) => {
+                let each = entries.iter().map(|entry| self.finite(&entry.value, &join(path, &entry.key)));
+                each.fold(true, |all, one| all & one)
+            }
+        }
     }
 
     /// Says which items of a list are none of `names`.
@@ -295,10 +317,10 @@ fn fits(node: &Node, ty: &Type) -> bool {
                 Type::TextsOf(names) => {
                     items.iter().all(|item| item.as_str().is_some_and(|text| names.contains(&text)))
                 }
-                other => matches!(other, Type::Any | Type::Template),
+                other => matches!(other, Type::Any | Type::Template | Type::Settings),
             };
         }
-        Tree::Map(_) => return matches!(ty, Type::Any | Type::Template),
+        Tree::Map(_) => return matches!(ty, Type::Any | Type::Template | Type::Settings),
         Tree::Broken => return true,
     };
     match ty {
@@ -309,7 +331,7 @@ fn fits(node: &Node, ty: &Type) -> bool {
         }
         Type::Text => scalar.as_str().is_some_and(|text| !text.is_empty()),
         Type::OneOf(names) => scalar.as_str().is_some_and(|text| names.contains(&text)),
-        Type::Any | Type::Template => true,
+        Type::Any | Type::Template | Type::Settings => true,
         Type::Texts | Type::TextsOf(_) | Type::Section(_) | Type::Component(_) | Type::Components(_) => false,
     }
 }

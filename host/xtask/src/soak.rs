@@ -1,4 +1,5 @@
-//! `cargo xtask soak`: `tests/dist/soak.rs`, which uses what the tests of processes use, for as long as asked.
+//! `cargo xtask soak`: the tests of properties with ten times the cases, and `tests/dist/soak.rs`, which uses what the
+//! tests of processes use, for as long as asked.
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -15,9 +16,14 @@ pub struct Args {
     seed: Option<u64>,
 }
 
+const PROPERTY_CASES: &str = "2560";
+
 pub fn run(root: &Path, args: &Args) -> Result<()> {
     build::run(root)?;
     deny::run(root)?;
+    let mut test = cargo(root);
+    test.args("test --release --workspace --test cli --test scripting -- properties::".split(' '));
+    run_command(test.env("PROPTEST_CASES", PROPERTY_CASES))?;
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut test = cargo(root);
     test.args("test --release --workspace --test dist -- --ignored --nocapture --exact soak::soak".split(' '));

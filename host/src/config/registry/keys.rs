@@ -117,7 +117,7 @@ pub const TRAIN: &[Key] = &[
         "`varlen`: most tokens of one forward; by default batch_size times max_seq_len.",
     ),
     optional("compat", Type::OneOf(&["torchtune"]), "`torchtune`: its data order, adapters and moments in `dtype`."),
-    optional("recipe", Type::Any, "A mapping of settings for the recipe."),
+    optional("recipe", Type::Settings, "A mapping of settings for the recipe."),
     LIMITS_KEY,
     ISOLATE,
     CACHE_DIR,

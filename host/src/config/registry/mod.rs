@@ -81,6 +81,8 @@ pub enum Type {
     Template,
     /// Any scalar, list or mapping; whoever reads it checks it.
     Any,
+    /// The same with finite numbers, for guests.
+    Settings,
 }
 
 impl Type {
@@ -101,7 +103,7 @@ impl Type {
             Type::Component(role) => format!("a section with `_component_: {}`", role.noun()),
             Type::Components(role) => format!("a section with `_component_: {}`, or a list of such", role.noun()),
             Type::Template => "a template's name or path, or a section with `_component_: template`".into(),
-            Type::Any => "a value".into(),
+            Type::Any | Type::Settings => "a value".into(),
         }
     }
 }

@@ -106,6 +106,27 @@ fn main() -> Result<()> {
                 black_box(run.config(&key)?);
             }
         }
+        "tells" => {
+            for index in 0..count(&run)? {
+                let told = match run.config(&format!("recipe.v{index}"))? {
+                    Value::None => "none".into(),
+                    Value::Flag(flag) => format!("flag {flag}"),
+                    Value::Int(int) => format!("int {int}"),
+                    Value::Num(num) => format!("num {num:?}"),
+                    Value::Text(text) => format!("text {text}"),
+                };
+                // There is no such key: it is how the test hears of it.
+                let _ = run.config(&told);
+            }
+        }
+        "names_a_metric" => {
+            let Value::Text(name) = run.config("recipe.name")? else { return Err("no `recipe.name`".into()) };
+            step.record_metric(&name, &model.logits(&batch)?.sum()?, 1.0)?;
+        }
+        "gives_up" => {
+            let Value::Text(why) = run.config("recipe.name")? else { return Err("no `recipe.name`".into()) };
+            return Err(why.into());
+        }
         other => return Err(Error::new(format!("unknown `recipe.hostile: {other}`"))),
     }
     Ok(())
