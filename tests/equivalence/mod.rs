@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use host::config::plan::{Layout, ModelPlan, TrainPlan};
-use host_rank::train::Opened;
+use host_rank::train::{Opened, Start};
 use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::support::{self, Finished};
@@ -102,22 +102,46 @@ fn dropout_masks_do_not_depend_on_layout_or_ranks() {
     same("two ranks and one with dropout", &two, &varlen);
 }
 
+/// The same of every weight as of an adapter.
+#[test]
+fn full_fine_tuning_does_not_depend_on_layout_or_ranks() {
+    let dirs: Vec<_> = (0..4).map(|_| tempfile::tempdir().unwrap()).collect();
+    let whole = run(dirs[0].path(), 1, support::train_whole);
+    let padded = run(dirs[1].path(), 1, |plan| {
+        support::train_whole(plan);
+        plan.layout = Layout::Padded;
+    });
+    let chunked = run(dirs[2].path(), 1, |plan| {
+        support::train_whole(plan);
+        plan.loss.num_output_chunks = 5;
+    });
+    let two = run(dirs[3].path(), 2, support::train_whole);
+    same("padded and varlen, every weight", &padded, &whole);
+    same("a loss in five pieces and in one, every weight", &chunked, &whole);
+    same("two ranks and one, every weight", &two, &whole);
+}
+
 /// Stopped at step 7 of an epoch of 30 and gone on with, a run ends in the same bits as one that never stopped.
 #[test]
 fn a_resumed_run_ends_bit_for_bit_the_same() {
-    for world in [1, 2] {
+    let adapter: fn(&mut TrainPlan) = |_| {};
+    for (world, change) in [(1, adapter), (2, adapter), (1, support::train_whole), (2, support::train_whole)] {
         let (straight_dir, resumed_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let straight = run(straight_dir.path(), world, |_| {});
-        run_until(resumed_dir.path(), world, 7);
-        let resumed = run(resumed_dir.path(), world, |plan| plan.checkpoint.resume = true);
+        let straight = run(straight_dir.path(), world, change);
+        run_until(resumed_dir.path(), world, 7, change);
+        let resumed = run(resumed_dir.path(), world, |plan| {
+            change(plan);
+            plan.checkpoint.resume = true;
+        });
         let losses = |finished: &Finished| finished.steps.iter().map(|step| step.loss).collect::<Vec<_>>();
         assert_eq!(losses(&resumed), losses(&straight), "{world} ranks");
         assert_eq!(resumed.parameters, straight.parameters, "{world} ranks");
     }
 }
 
-fn run_until(dir: &Path, world: usize, step: usize) {
+fn run_until(dir: &Path, world: usize, step: usize, change: impl FnOnce(&mut TrainPlan)) {
     let mut plan = support::golden_plan(dir);
+    change(&mut plan);
     plan.shuffle = true;
     plan.gradient_accumulation_steps /= world;
     plan.checkpoint.save_every_n_steps = Some(step);
@@ -130,14 +154,14 @@ fn run_until(dir: &Path, world: usize, step: usize) {
 fn a_run_resumes_on_another_rank_count() {
     let (straight_dir, resumed_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let straight = run(straight_dir.path(), 1, |_| {});
-    run_until(resumed_dir.path(), 1, 7);
+    run_until(resumed_dir.path(), 1, 7, |_| {});
     let resumed = run(resumed_dir.path(), 2, |plan| plan.checkpoint.resume = true);
     same("resumed on two ranks", &resumed, &straight);
 }
 
 fn open(checkpoint_dir: &Path, adapter: Option<PathBuf>) -> Opened {
     let plan = ModelPlan { checkpoint_dir: checkpoint_dir.into(), checkpoint_files: vec![], lora: None, adapter };
-    Opened::open(&plan, 0, Kind::Float, Kind::Float, Device::Cpu).unwrap()
+    Opened::open(&plan, Kind::Float, Device::Cpu, None).unwrap()
 }
 
 /// The summed cross-entropy of the first `rows` recorded rows by their logits, and the number of their labels.
@@ -177,6 +201,24 @@ fn merged_and_adapter_give_the_same_loss() {
     let distance = ((adapted - merged) / adapted).abs();
     println!("merged and adapter: losses differ by {distance:.1e}");
     assert!(distance < 1e-6, "merged and adapter differ by {distance:e}");
+}
+
+/// What full fine-tuning writes is what it trained, to the last bit, and loads by itself.
+#[test]
+fn the_checkpoint_of_full_fine_tuning_is_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = support::golden_plan(dir.path());
+    support::train_whole(&mut plan);
+    plan.checkpoint.save_every_n_steps = Some(6);
+    let trained = support::train(&plan, &support::golden_rows(), 1, 6).parameters;
+    let checkpoint = dir.path().join("step_6");
+    assert!(!checkpoint.join("adapter").exists());
+    let plan = ModelPlan { checkpoint_dir: checkpoint.clone(), checkpoint_files: vec![], lora: None, adapter: None };
+    let start = Some(Start { seed: 0, adapter_kind: Kind::Float });
+    let again = Opened::open(&plan, Kind::Float, Device::Cpu, start).unwrap().trained.unwrap();
+    assert_eq!(Vec::<f32>::try_from(again.flat().numbers.detach()).unwrap(), trained);
+    let [base, after] = [support::tiny_model(), checkpoint].map(|dir| losses(&open(&dir, None), 16).0);
+    assert!(after < 0.95 * base, "nothing was learnt: {base}, {after}");
 }
 
 /// Only the newest checkpoints stay, those of the run before a resume counted.

@@ -128,6 +128,28 @@ fn ipo_and_kto_pair_are_torchtunes() {
     check_dpo("kto_pair_torchtune", "kto_pair", 0.0, &[(1, Layout::Padded)]);
 }
 
+/// All weights trained, a second copy frozen. Losses start at ln 2 and the rewards at 0, exactly.
+#[test]
+fn full_dpo_is_trls_and_torchtunes() {
+    for (world, layout) in EVERY_WAY {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan =
+            dpo_plan(dir.path(), json!({ "beta": 0.1, "label_smoothing": 0.0, "loss_type": "sigmoid" }), *world);
+        support::train_whole(&mut plan);
+        plan.reference = Some(plan.model.clone());
+        plan.for_recipe.push("ref_checkpointer".into());
+        plan.optimizer.lr = 1e-5;
+        plan.layout = *layout;
+        // Two answers a pair.
+        let steps = by_recipe(LORA_DPO, &plan, &pairs()[..2 * 64], *world);
+        for curve in ["full_sigmoid_torchtune", "full_sigmoid_trl"] {
+            compare(&steps, "curves/dpo.json", curve, REWARDS);
+        }
+        assert!((steps[0]["loss"].as_f64().unwrap() - 2f64.ln()).abs() < 1e-7);
+        assert_eq!(steps[0]["rewards/margins"].as_f64().unwrap(), 0.0);
+    }
+}
+
 #[test]
 fn distillation_is_torchtunes() {
     let rows = support::rows(&support::fixture("curves/distillation.json"));

@@ -70,6 +70,25 @@ fn thirty_fp32_losses_match_on_two_ranks() {
     check(2, 1e-5, FP32, |plan| plan.layout = Layout::Padded);
 }
 
+/// Every weight trained, as torchtune's full recipe: losses, norms before clipping, counts.
+#[test]
+fn thirty_losses_of_full_fine_tuning_match_torchtune() {
+    let recorded = support::golden("tiny-pre-full-fp32.json");
+    for (world, layout) in [(1, Layout::Varlen), (1, Layout::Padded), (2, Layout::Varlen)] {
+        let steps = check(world, 1e-5, &["tiny-pre-full-fp32.json"], |plan| {
+            support::train_whole(plan);
+            plan.layout = layout;
+        });
+        for (step, recorded) in steps.iter().zip(recorded["steps"].as_array().unwrap()) {
+            let number = |key: &str| recorded[key].as_f64().unwrap();
+            assert_eq!(step.label_tokens, number("label_tokens"));
+            assert!((step.lr - number("lr_next")).abs() < 1e-12, "{} {}", step.lr, number("lr_next"));
+            let norm = number("grad_norm");
+            assert!((step.grad_norm - norm).abs() < 1e-4 * norm, "{} {norm}", step.grad_norm);
+        }
+    }
+}
+
 #[test]
 fn thirty_bf16_losses_match_torchtune() {
     const BF16: &[&str] = &["tiny-pre-lora-bf16.json", "tiny-pre-lora-fp32.json"];
@@ -158,14 +177,12 @@ fn gradients_of_one_step_match_pytorch() {
         let index = host::hf::WeightIndex::open(&fixture, &["gradients.safetensors".into()]).unwrap();
         let recorded = host_rank::model::Weights::open(index).unwrap();
         let gradients = run.gradients();
-        assert_eq!(2 * gradients.len(), recorded.index.tensors.len());
-        for (layer, a, b) in gradients {
-            for (factor, ours) in [("lora_A", a), ("lora_B", b)] {
-                let name = format!("base_model.model.{layer}.{factor}.weight");
-                let theirs = recorded.load(&name, &ours.size(), Kind::Float, Device::Cpu).unwrap();
-                let distance = ((&ours - &theirs).norm() / theirs.norm()).double_value(&[]);
-                assert!(distance < 1e-5, "{name} differs by {distance:e} in {layout:?}");
-            }
+        assert_eq!(gradients.len(), recorded.index.tensors.len());
+        for (name, ours) in gradients {
+            let theirs = recorded.load(&format!("base_model.model.{name}"), &ours.size(), Kind::Float, Device::Cpu);
+            let theirs = theirs.unwrap();
+            let distance = ((&ours - &theirs).norm() / theirs.norm()).double_value(&[]);
+            assert!(distance < 1e-5, "{name} differs by {distance:e} in {layout:?}");
         }
     }
 }
@@ -175,7 +192,7 @@ fn gradients_of_one_step_match_pytorch() {
 fn greedy_continuations_match_transformers() {
     let plan = support::golden_plan(&std::env::temp_dir()).model;
     let plan = host::config::plan::ModelPlan { lora: None, ..plan };
-    let opened = Opened::open(&plan, 0, Kind::Float, Kind::Float, Device::Cpu).unwrap();
+    let opened = Opened::open(&plan, Kind::Float, Device::Cpu, None).unwrap();
     let recorded = support::golden("greedy.json");
     let ids = |value: &serde_json::Value| -> Vec<i64> {
         value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
@@ -238,9 +255,8 @@ fn a_torchtune_adapter_is_read_as_torchtune_converts_it() {
             lora: lora.cloned(),
             adapter: Some(families.join(adapter)),
         };
-        let opened =
-            Opened::open(&plan, 0, Kind::Float, Kind::Float, Device::Cpu).map_err(|error| error.to_string())?;
-        Ok::<_, String>(Vec::<f32>::try_from(opened.adapter.unwrap().flat.detach()).unwrap())
+        let opened = Opened::open(&plan, Kind::Float, Device::Cpu, None).map_err(|error| error.to_string())?;
+        Ok::<_, String>(Vec::<f32>::try_from(opened.trained.unwrap().flat().numbers.detach()).unwrap())
     };
     let theirs = parameters("torchtune_adapter", None).unwrap();
     let file = "torchtune_adapter/adapter_model.pt";
@@ -277,7 +293,7 @@ fn logits_of_every_family_match_transformers() {
             lora: None,
             adapter: None,
         };
-        Opened::open(&plan, 0, Kind::Float, Kind::Float, Device::Cpu).unwrap()
+        Opened::open(&plan, Kind::Float, Device::Cpu, None).unwrap()
     };
     // Folder of the weights, folder of the config and the recorded logits.
     let cases = ["llama2", "code_llama", "llama3", "llama3_1", "llama3_2", "llama_bias", "mistral", "qwen2", "qwen3"]

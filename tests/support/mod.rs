@@ -118,6 +118,11 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
     }
 }
 
+/// The same with every weight trained.
+pub fn train_whole(plan: &mut TrainPlan) {
+    (plan.model.lora, plan.model.adapter, plan.checkpoint.adapter_only) = (None, None, false);
+}
+
 pub fn lora(targets: &[&str]) -> LoraPlan {
     LoraPlan { rank: 8, alpha: 16.0, dropout: 0.0, targets: targets.iter().map(|name| (*name).to_owned()).collect() }
 }
@@ -143,7 +148,7 @@ pub struct Logged {
     pub real_tokens: f64,
 }
 
-/// A finished run: its log, each step's gradients (over all ranks, not yet divided), and the adapter's numbers at the end.
+/// A finished run: its log, each step's gradients (over all ranks, not yet divided), and what was trained at the end.
 pub struct Finished {
     pub steps: Vec<Logged>,
     /// Step and loss.
@@ -224,9 +229,8 @@ pub fn drive(run: &mut Run, most_steps: usize) -> Vec<Tensor> {
             let (sum, weight) = run.loss(key, host_rank::train::Which::Trained).unwrap();
             run.backward(&sum, weight).unwrap();
         }
-        let factors: Vec<Tensor> =
-            run.gradients().iter().flat_map(|(_, a, b)| [a.reshape([-1]), b.reshape([-1])]).collect();
-        gradients.push(Tensor::cat(&factors, 0));
+        let each: Vec<Tensor> = run.gradients().iter().map(|(_, gradient)| gradient.reshape([-1])).collect();
+        gradients.push(Tensor::cat(&each, 0));
         run.finish_step().unwrap();
     }
     gradients

@@ -1,4 +1,4 @@
-// Frozen linear layers and LoRA: what a frozen weight does not need is neither computed nor saved.
+// Linear layers and LoRA: what a frozen weight does not need is neither computed nor saved.
 #include "kernels.h"
 #include "linear.h"
 
@@ -40,34 +40,44 @@ bool has_onednn(const Tensor& x, const Tensor& weight) {
 
 std::optional<Tensor> maybe(const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; }
 
-// `saved_data` and not `save_for_backward`: a frozen weight has no version to guard and packed ones no storage.
-void save_layer(AutogradContext* ctx, const FrozenLinear& layer) {
+// `saved_data` and not `save_for_backward`: packed weights have no storage, and plain ones change between steps alone.
+void save_layer(AutogradContext* ctx, const LinearLayer& layer) {
   ctx->saved_data["weight"] = layer.weight;
   if (layer.packed_t.defined()) ctx->saved_data["packed_t"] = layer.packed_t;
 }
 
-FrozenLinear load_layer(AutogradContext* ctx) {
-  FrozenLinear layer;
+LinearLayer load_layer(AutogradContext* ctx) {
+  LinearLayer layer;
   layer.weight = ctx->saved_data["weight"].toTensor();
   const auto packed = ctx->saved_data.find("packed_t");
   if (packed != ctx->saved_data.end()) layer.packed_t = packed->second.toTensor();
   return layer;
 }
 
-void check_input(const char* name, const Tensor& x, const FrozenLinear& layer) {
+void check_input(const char* name, const Tensor& x, const LinearLayer& layer) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) == layer.in_features(), name, ": x must be [T, ", layer.in_features(),
               "], got ", x.sizes());
   TORCH_CHECK(x.scalar_type() == layer.weight.scalar_type(), name, ": x is ", x.scalar_type(), " and the weight ",
               layer.weight.scalar_type(), "; they must be the same");
 }
 
-struct Frozen : torch::autograd::Function<Frozen> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const FrozenLinear* layer) {
+struct Linear : torch::autograd::Function<Linear> {
+  // Weight and bias are given apart from their layer for autograd to see.
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const LinearLayer* layer) {
     save_layer(ctx, *layer);
+    ctx->saved_data["has_bias"] = bias.has_value();
+    if (weight.requires_grad()) ctx->save_for_backward({x});
     return layer->forward(x);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return {load_layer(ctx).backward(grads[0]), Tensor()};
+    const Tensor& dy = grads[0];
+    const LinearLayer layer = load_layer(ctx);
+    Tensor dx, dweight, dbias;
+    if (ctx->needs_input_grad(0)) dx = layer.backward(dy);
+    if (ctx->needs_input_grad(1)) dweight = layer.weight_gradient(dy, ctx->get_saved_variables()[0]);
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) dbias = dy.sum(0);
+    return {dx, dweight, dbias, Tensor()};
   }
 };
 
@@ -103,7 +113,7 @@ Tensor narrow_linear(const Tensor& x, const Tensor& narrow) {
 // y = x W^T + s (x' A^T) B^T. Saved: x' and x' A^T (r columns); the base weight is shared.
 struct Lora : torch::autograd::Function<Lora> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& a, const Tensor& b,
-                        const std::optional<Tensor>& dropped, double scale, const FrozenLinear* layer) {
+                        const std::optional<Tensor>& dropped, double scale, const LinearLayer* layer) {
     const Tensor low_in = dropped.has_value() ? *dropped : x;
     const Tensor low = narrow_linear(low_in, a.to(x.scalar_type()));
     Tensor y = layer->forward(x);
@@ -127,7 +137,7 @@ struct Lora : torch::autograd::Function<Lora> {
     Tensor da, db, dx, ddropped;
     if (ctx->needs_input_grad(1)) da = narrow_gradient(dlow, low_in, scale).to(a.scalar_type());
     if (ctx->needs_input_grad(2)) db = narrow_gradient(low, dy, scale).t().contiguous().to(b.scalar_type());
-    const FrozenLinear layer = load_layer(ctx);
+    const LinearLayer layer = load_layer(ctx);
     if (ctx->needs_input_grad(0)) {
       dx = layer.backward(dy);
       if (!separate) dx.addmm_(dlow, a.to(dtype), 1.0, scale);
@@ -137,7 +147,7 @@ struct Lora : torch::autograd::Function<Lora> {
   }
 };
 
-Tensor lora_linear(const Tensor& x, const FrozenLinear& layer, const Tensor& a, const Tensor& b, double scale,
+Tensor lora_linear(const Tensor& x, const LinearLayer& layer, const Tensor& a, const Tensor& b, double scale,
                    const std::optional<Tensor>& dropped) {
   check_input("lora_linear", x, layer);
   TORCH_CHECK(a.dim() == 2 && a.size(1) == layer.in_features(), "lora_linear: a must be [r, ", layer.in_features(),
@@ -156,7 +166,7 @@ Tensor lora_linear(const Tensor& x, const FrozenLinear& layer, const Tensor& a, 
 // fp32 is the reference, so its forward pass takes BLAS and sums over blocks of inputs: rounding grows with the length of a
 // sum. SmolLM2's logits are then 5.6e-5 from fp64 at most, summed at once 8.0e-5, through oneDNN 1.3e-4 (`xtask interop`
 // allows 1e-4). The backward pass takes oneDNN, twice as fast on AMD.
-Tensor FrozenLinear::forward(const Tensor& x) const {
+Tensor LinearLayer::forward(const Tensor& x) const {
   if (!has_onednn(x, weight)) return at::linear(x, weight, maybe(bias));
   if (weight.scalar_type() != at::kFloat) {
     return onednn_linear(x.contiguous(), packed.defined() ? packed : weight, maybe(bias));
@@ -170,25 +180,31 @@ Tensor FrozenLinear::forward(const Tensor& x) const {
   return y;
 }
 
-Tensor FrozenLinear::backward(const Tensor& dy) const {
+Tensor LinearLayer::backward(const Tensor& dy) const {
   if (!has_onednn(dy, weight)) return at::mm(dy, weight);
   return onednn_linear(dy.contiguous(), packed_t.defined() ? packed_t : weight.t(), std::nullopt);
 }
 
+Tensor LinearLayer::weight_gradient(const Tensor& dy, const Tensor& x) const {
+  if (!has_onednn(dy, weight)) return at::mm(dy.t(), x);
+  return onednn_linear(dy.t().contiguous(), x.t(), std::nullopt);
+}
+
 }  // namespace host
 
-extern "C" char* host_frozen_linear_new(const at::Tensor* weight, const at::Tensor* bias, int prepack,
-                                        host::FrozenLinear** out) {
+extern "C" char* host_linear_layer_new(const at::Tensor* weight, const at::Tensor* bias, int prepack,
+                                        host::LinearLayer** out) {
   return host::guard([&] {
-    TORCH_CHECK(weight->dim() == 2, "FrozenLinear: weight must be [out, in], got ", weight->sizes());
-    auto layer = std::make_unique<host::FrozenLinear>();
-    layer->weight = weight->detach();
+    TORCH_CHECK(weight->dim() == 2, "LinearLayer: weight must be [out, in], got ", weight->sizes());
+    auto layer = std::make_unique<host::LinearLayer>();
+    layer->weight = *weight;
     if (bias) {
-      TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight->size(0), "FrozenLinear: bias must be [", weight->size(0),
+      TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight->size(0), "LinearLayer: bias must be [", weight->size(0),
                   "], got ", bias->sizes());
-      layer->bias = bias->detach();
+      layer->bias = *bias;
     }
     if (prepack && weight->device().is_cpu()) {
+      TORCH_CHECK(!weight->requires_grad(), "LinearLayer: a weight that changes cannot be prepacked");
       const at::NoGradGuard no_grad;
       layer->packed = host::reorder(layer->weight.contiguous());
       layer->packed_t = host::reorder(layer->weight.t().contiguous());
@@ -197,16 +213,16 @@ extern "C" char* host_frozen_linear_new(const at::Tensor* weight, const at::Tens
   });
 }
 
-extern "C" void host_frozen_linear_free(host::FrozenLinear* layer) { delete layer; }
+extern "C" void host_linear_layer_free(host::LinearLayer* layer) { delete layer; }
 
-extern "C" char* host_frozen_linear_forward(const host::FrozenLinear* layer, const at::Tensor* x, at::Tensor** out) {
+extern "C" char* host_linear_layer_forward(const host::LinearLayer* layer, const at::Tensor* x, at::Tensor** out) {
   return host::guard([&] {
-    host::check_input("FrozenLinear", *x, *layer);
-    *out = host::give(host::Frozen::apply(*x, layer));
+    host::check_input("LinearLayer", *x, *layer);
+    *out = host::give(host::Linear::apply(*x, layer->weight, host::maybe(layer->bias), layer));
   });
 }
 
-extern "C" char* host_lora_linear(const at::Tensor* x, const host::FrozenLinear* layer, const at::Tensor* a,
+extern "C" char* host_lora_linear(const at::Tensor* x, const host::LinearLayer* layer, const at::Tensor* a,
                                   const at::Tensor* b, double scale, const at::Tensor* dropped, at::Tensor** out) {
   return host::guard([&] {
     *out = host::give(host::lora_linear(*x, *layer, *a, *b, scale,

@@ -1,5 +1,6 @@
-// Cross-entropy over a frozen LM head. The gradient of the hidden states is made in the forward pass, chunk by chunk,
-// so that one chunk of logits is all that ever exists (the idea of Liger Kernel's fused linear cross-entropy).
+// Cross-entropy over an LM head, chunk by chunk, so that one chunk of logits is all that ever exists (the idea of Liger
+// Kernel's fused linear cross-entropy). Under a frozen head the gradient of the hidden states is made in the forward pass;
+// one that learns computes its logits again in the backward pass, where the factor of each row is known.
 #include "kernels.h"
 #include "linear.h"
 
@@ -54,41 +55,77 @@ Tensor chunk_composite(Tensor& logits, const Tensor& labels, bool gradient) {
   return losses;
 }
 
+// Losses of each row; with `gradient` the logits of each chunk become d(sum)/d(logits) and go to `use`.
+template <typename F>
+Tensor each_chunk(const Tensor& hidden, const Tensor& labels, const LinearLayer& head, int64_t chunk_rows, bool gradient,
+                  F&& use) {
+  const int64_t rows = hidden.size(0);
+  const bool fused = is_cpu_fused(hidden);
+  Tensor losses = at::empty({rows}, hidden.options().dtype(fused ? at::kDouble : at::kFloat));
+  for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
+    const int64_t count = std::min(chunk_rows, rows - begin);
+    Tensor logits = head.forward(hidden.narrow(0, begin, count));
+    const Tensor chunk_labels = labels.narrow(0, begin, count);
+    if (fused) {
+      chunk_cpu(logits, static_cast<const int64_t*>(chunk_labels.data_ptr()),
+                static_cast<double*>(losses.data_ptr()) + begin, gradient);
+    } else {
+      losses.narrow(0, begin, count).copy_(chunk_composite(logits, chunk_labels, gradient));
+    }
+    if (gradient) use(begin, count, logits);
+  }
+  return losses;
+}
+
+// The gradient of a loss is fp32; the product is rounded once.
+Tensor scaled(const Tensor& x, const Tensor& factor) { return x.to(at::kFloat).mul(factor).to(x.scalar_type()); }
+
 // Of each row the cross-entropy (fp32), or their sum.
 struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& labels, const FrozenLinear* head,
-                        int64_t chunk_rows, bool sum, bool gradient) {
-    const int64_t rows = hidden.size(0);
+  static Tensor forward(AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const Tensor& labels,
+                        const LinearLayer* head, int64_t chunk_rows, bool sum, bool gradient) {
+    const bool learns = weight.requires_grad();
     Tensor dhidden;
-    if (gradient) dhidden = at::empty(hidden.sizes(), hidden.options());
-    Tensor losses = at::empty({rows}, hidden.options().dtype(is_cpu_fused(hidden) ? at::kDouble : at::kFloat));
-    const bool fused = is_cpu_fused(hidden);
-    for (int64_t begin = 0; begin < rows; begin += chunk_rows) {
-      const int64_t count = std::min(chunk_rows, rows - begin);
-      Tensor logits = head->forward(hidden.narrow(0, begin, count));
-      const Tensor chunk_labels = labels.narrow(0, begin, count);
-      if (fused) {
-        chunk_cpu(logits, static_cast<const int64_t*>(chunk_labels.data_ptr()),
-                  static_cast<double*>(losses.data_ptr()) + begin, gradient);
-      } else {
-        losses.narrow(0, begin, count).copy_(chunk_composite(logits, chunk_labels, gradient));
-      }
-      if (gradient) dhidden.narrow(0, begin, count).copy_(head->backward(logits));
+    if (gradient && !learns) dhidden = at::empty(hidden.sizes(), hidden.options());
+    const Tensor losses = each_chunk(hidden, labels, *head, chunk_rows, gradient && !learns,
+                                     [&](int64_t begin, int64_t count, const Tensor& dlogits) {
+                                       dhidden.narrow(0, begin, count).copy_(head->backward(dlogits));
+                                     });
+    ctx->saved_data["learns"] = learns;
+    if (gradient && learns) {
+      ctx->save_for_backward({hidden, labels});
+      ctx->saved_data["weight"] = weight;
+      ctx->saved_data["chunk_rows"] = chunk_rows;
+    } else if (gradient) {
+      ctx->save_for_backward({dhidden});
     }
-    if (gradient) ctx->save_for_backward({dhidden});
     return (sum ? losses.sum() : losses).to(at::kFloat);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Tensor dhidden = ctx->get_saved_variables()[0];
-    // The gradient of a loss is fp32; the product is rounded once.
-    const Tensor grad = grads[0].dim() == 0 ? grads[0] : grads[0].unsqueeze(1);
-    const Tensor dx = dhidden.to(at::kFloat).mul_(grad).to(dhidden.scalar_type());
-    return {dx, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    const auto saved = ctx->get_saved_variables();
+    const Tensor factor = grads[0].dim() == 0 ? grads[0] : grads[0].unsqueeze(1);
+    Tensor dhidden, dweight;
+    if (!ctx->saved_data["learns"].toBool()) {
+      dhidden = scaled(saved[0], factor);
+    } else {
+      LinearLayer head;
+      head.weight = ctx->saved_data["weight"].toTensor();
+      const Tensor &hidden = saved[0], &labels = saved[1];
+      dhidden = at::empty(hidden.sizes(), hidden.options());
+      const auto use = [&](int64_t begin, int64_t count, const Tensor& dlogits_of_sum) {
+        const Tensor dlogits = scaled(dlogits_of_sum, factor.dim() == 0 ? factor : factor.narrow(0, begin, count));
+        dhidden.narrow(0, begin, count).copy_(head.backward(dlogits));
+        const Tensor part = head.weight_gradient(dlogits, hidden.narrow(0, begin, count));
+        dweight = dweight.defined() ? dweight.add_(part) : part;
+      };
+      each_chunk(hidden, labels, head, ctx->saved_data["chunk_rows"].toInt(), true, use);
+    }
+    return {dhidden, dweight, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
-Tensor linear_cross_entropy(const Tensor& hidden, const FrozenLinear& head, const Tensor& labels_in,
+Tensor linear_cross_entropy(const Tensor& hidden, const LinearLayer& head, const Tensor& labels_in,
                             int64_t chunk_rows, bool sum) {
   const char* name = "linear_cross_entropy";
   TORCH_CHECK(hidden.dim() == 2 && hidden.size(1) == head.in_features(), name, ": hidden must be [L, ",
@@ -106,14 +143,14 @@ Tensor linear_cross_entropy(const Tensor& hidden, const FrozenLinear& head, cons
                   " at row ", i, " is outside of the vocabulary of ", head.out_features());
     }
   }
-  const bool gradient = at::GradMode::is_enabled() && hidden.requires_grad();
-  return LinearCrossEntropy::apply(hidden, labels, &head, chunk_rows, sum, gradient);
+  const bool gradient = at::GradMode::is_enabled() && (hidden.requires_grad() || head.weight.requires_grad());
+  return LinearCrossEntropy::apply(hidden, head.weight, labels, &head, chunk_rows, sum, gradient);
 }
 
 }  // namespace
 }  // namespace host
 
-extern "C" char* host_linear_cross_entropy(const at::Tensor* hidden, const host::FrozenLinear* head,
+extern "C" char* host_linear_cross_entropy(const at::Tensor* hidden, const host::LinearLayer* head,
                                            const at::Tensor* labels, int64_t chunk_rows, bool sum, at::Tensor** out) {
   return host::guard(
       [&] { *out = host::give(host::linear_cross_entropy(*hidden, *head, *labels, chunk_rows, sum)); });

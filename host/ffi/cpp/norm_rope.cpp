@@ -68,7 +68,12 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
-    Tensor dx;
+    Tensor dx, dweight;
+    if (ctx->needs_input_grad(1)) {
+      // Of the value that was multiplied: rounded.
+      const Tensor normed = (x.to(at::kFloat) * rstd.view({-1, 1})).to(x.scalar_type());
+      dweight = (grads[0].to(at::kFloat) * normed).sum(0).to(weight.scalar_type());
+    }
     if (is_cpu_fused(x)) {
       const Tensor dy = grads[0].contiguous();
       const int64_t rows = x.size(0), width = x.size(1);
@@ -88,7 +93,7 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
       const Tensor normed = x.to(at::kFloat) * rstd;
       dx = (rstd * (g - normed * (g * normed).mean(-1, true))).to(x.scalar_type());
     }
-    return {dx, Tensor(), Tensor()};
+    return {dx, dweight, Tensor()};
   }
 };
 
@@ -181,10 +186,6 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
               weight.sizes());
   TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "rms_norm: x is ", x.scalar_type(), " and weight ",
               weight.scalar_type(), "; they must be the same");
-  if (weight.requires_grad()) {
-    const Tensor wide = x.to(at::kFloat);
-    return (wide * at::rsqrt(wide.square().mean(-1, true) + eps)).to(x.scalar_type()) * weight;
-  }
   return RmsNorm::apply(x, weight, eps);
 }
 

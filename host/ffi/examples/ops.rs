@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use host_ffi::autograd::{
-    FrozenLinear, attention_varlen, linear_cross_entropy_sum, lora_linear, rms_norm, rope, swiglu,
+    LinearLayer, attention_varlen, linear_cross_entropy_sum, lora_linear, rms_norm, rope, swiglu,
 };
 use host_ffi::backend;
 use host_ffi::grad::backward;
@@ -163,7 +163,7 @@ fn main() {
         for (inner, outer) in [(D, F), (F, D), (D, D), (D, NKV * H)] {
             let (x, w) = (leaf(&[T, inner], kind), random(&[outer, inner], kind));
             let (packed, plain) =
-                (FrozenLinear::new(&w, None, true).unwrap(), FrozenLinear::new(&w, None, false).unwrap());
+                (LinearLayer::new(&w, None, true).unwrap(), LinearLayer::new(&w, None, false).unwrap());
             let (x2, x3) = (x.shallow_clone(), x.shallow_clone());
             report(
                 &format!("linear {inner}->{outer}"),
@@ -178,7 +178,7 @@ fn main() {
 
         let (x, w) = (leaf(&[T, D], kind), random(&[D, D], kind));
         let (a, b) = (leaf(&[R, D], Kind::Float), leaf(&[D, R], Kind::Float));
-        let layer = FrozenLinear::new(&w, None, false).unwrap();
+        let layer = LinearLayer::new(&w, None, false).unwrap();
         let (x2, a2, b2) = (x.shallow_clone(), a.shallow_clone(), b.shallow_clone());
         report(
             "lora 576->576 r8",
@@ -197,7 +197,7 @@ fn main() {
 
         let (x, w) = (leaf(&[L, D], kind), random(&[V, D], kind) * 0.05);
         let labels = Tensor::randint(V, [L], (Kind::Int64, Device::Cpu));
-        let (head, packed) = (FrozenLinear::new(&w, None, false).unwrap(), FrozenLinear::new(&w, None, true).unwrap());
+        let (head, packed) = (LinearLayer::new(&w, None, false).unwrap(), LinearLayer::new(&w, None, true).unwrap());
         let (x2, x3, labels2, labels3) =
             (x.shallow_clone(), x.shallow_clone(), labels.shallow_clone(), labels.shallow_clone());
         report(

@@ -12,7 +12,7 @@ use crate::{Result, check, new_tensor, sys};
 ///
 /// `x` is `[T, D]`, `weight` `[D]` of the same dtype; the result has both. As Llama in torchtune and transformers:
 /// `round(x / sqrt(mean(x²) + eps)) * weight`, where `round` is to the dtype of `x` (Zhang and Sennrich 2019,
-/// arXiv 1910.07467). A weight that requires a gradient gets one, through ordinary operators.
+/// arXiv 1910.07467). A weight that requires a gradient gets one.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     // SAFETY: both pointers are live tensors for the whole call, which copies what it keeps.
     new_tensor(|out| unsafe { sys::host_rms_norm(x.as_ptr(), weight.as_ptr(), eps, out) })
@@ -49,37 +49,38 @@ pub fn attention_varlen(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[i64], 
     })
 }
 
-/// A linear layer whose weight never gets a gradient.
+/// A linear layer, frozen unless its weight requires a gradient.
 ///
-/// Its backward is one product and nothing is saved for it. Backward nodes hold the weight themselves, so the layer may
-/// be dropped while a graph that used it lives.
+/// The backward of a frozen one is one product and nothing is saved for it; otherwise the input is. Backward nodes hold the
+/// weight themselves, so the layer may be dropped while a graph that used it lives. The weight must not change between a
+/// forward and its backward.
 #[derive(Debug)]
-pub struct FrozenLinear {
-    raw: *mut sys::FrozenLinear,
+pub struct LinearLayer {
+    raw: *mut sys::LinearLayer,
     weight: Tensor,
 }
 
 // SAFETY: the C++ object is immutable after construction and holds reference-counted tensors, whose counts are atomic;
 // libtorch reads tensors from several threads freely.
-unsafe impl Send for FrozenLinear {}
+unsafe impl Send for LinearLayer {}
 
-impl FrozenLinear {
+impl LinearLayer {
     /// Builds the layer over a weight `[out, in]` and perhaps a bias `[out]`; the storage is shared, not copied.
     ///
     /// `prepack` keeps two more copies of a CPU weight in oneDNN's own layouts, one for each direction: memory for speed.
-    /// It has no effect on other devices. Fails when the shapes do not fit.
+    /// It has no effect on other devices. Fails when the shapes do not fit, or to prepack a weight that requires a gradient.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>, prepack: bool) -> Result<Self> {
         let mut raw = std::ptr::null_mut();
         let bias = bias.map_or(std::ptr::null(), |b| b.as_ptr());
         // SAFETY: `weight` is live, `bias` is live or null, and the call keeps references of its own.
-        check(unsafe { sys::host_frozen_linear_new(weight.as_ptr(), bias, prepack.into(), &mut raw) })?;
+        check(unsafe { sys::host_linear_layer_new(weight.as_ptr(), bias, prepack.into(), &mut raw) })?;
         Ok(Self { raw, weight: weight.detach() })
     }
 
     /// Returns `x Wᵀ (+ bias)`: `[T, in]` to `[T, out]`, in the dtype of the weight, which `x` must have.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         // SAFETY: `raw` lives as long as `self`; `x` is live for the call.
-        new_tensor(|out| unsafe { sys::host_frozen_linear_forward(self.raw, x.as_ptr(), out) })
+        new_tensor(|out| unsafe { sys::host_linear_layer_forward(self.raw, x.as_ptr(), out) })
     }
 
     /// The plain weight, `[out, in]`.
@@ -88,10 +89,10 @@ impl FrozenLinear {
     }
 }
 
-impl Drop for FrozenLinear {
+impl Drop for LinearLayer {
     fn drop(&mut self) {
-        // SAFETY: `raw` came from `host_frozen_linear_new` and is freed once.
-        unsafe { sys::host_frozen_linear_free(self.raw) }
+        // SAFETY: `raw` came from `host_linear_layer_new` and is freed once.
+        unsafe { sys::host_linear_layer_free(self.raw) }
     }
 }
 
@@ -100,10 +101,10 @@ impl Drop for FrozenLinear {
 /// `x` is `[T, in]`, `a` `[r, in]`, `b` `[out, r]`; `x'` is `dropped_x` (same shape and dtype as `x`) where there is
 /// dropout, else `x`. `a` and `b` may be fp32 masters beside a bf16 `x`: they are rounded to the dtype of `x` for the
 /// products, and their gradients are summed in fp32 and returned in their own dtype. Saved for the backward: `x'` and
-/// `x' Aᵀ`. With a dropped input the gradient through the adapter flows into `dropped_x`.
+/// `x' Aᵀ`. The layer's own weight gets no gradient. With a dropped input the gradient through the adapter flows into `dropped_x`.
 pub fn lora_linear(
     x: &Tensor,
-    layer: &FrozenLinear,
+    layer: &LinearLayer,
     a: &Tensor,
     b: &Tensor,
     scale: f64,
@@ -121,11 +122,11 @@ pub fn lora_linear(
 /// `hidden` is `[L, D]` in the dtype of the head `[V, D]`; `labels` are int64 `[L]`, each in `0..V` or -100, which adds
 /// nothing. Logits are made `chunk_rows` rows at a time in the compute dtype, the softmax is fp32, and the gradient of
 /// `hidden` is made in the same pass when one is wanted (the idea of Liger Kernel, arXiv 2410.10989): at most one chunk
-/// of logits exists, and the backward only scales. The head gets no gradient. On the CPU a label outside of the
-/// vocabulary is an error.
+/// of logits exists, and the backward only scales. A head that requires a gradient is used again in the backward instead,
+/// still one chunk at a time. On the CPU a label outside of the vocabulary is an error.
 pub fn linear_cross_entropy_sum(
     hidden: &Tensor,
-    head: &FrozenLinear,
+    head: &LinearLayer,
     labels: &Tensor,
     chunk_rows: i64,
 ) -> Result<Tensor> {
@@ -134,11 +135,11 @@ pub fn linear_cross_entropy_sum(
 
 /// Returns the cross-entropy of each row, fp32 `[L]`: the negative log-probability of its label, 0 where that is -100.
 /// Otherwise as [`linear_cross_entropy_sum`].
-pub fn linear_cross_entropy(hidden: &Tensor, head: &FrozenLinear, labels: &Tensor, chunk_rows: i64) -> Result<Tensor> {
+pub fn linear_cross_entropy(hidden: &Tensor, head: &LinearLayer, labels: &Tensor, chunk_rows: i64) -> Result<Tensor> {
     cross_entropy(hidden, head, labels, chunk_rows, false)
 }
 
-fn cross_entropy(hidden: &Tensor, head: &FrozenLinear, labels: &Tensor, chunk_rows: i64, sum: bool) -> Result<Tensor> {
+fn cross_entropy(hidden: &Tensor, head: &LinearLayer, labels: &Tensor, chunk_rows: i64, sum: bool) -> Result<Tensor> {
     // SAFETY: both tensors are live for the call, `head.raw` as long as `head`.
     new_tensor(|out| unsafe {
         sys::host_linear_cross_entropy(hidden.as_ptr(), head.raw, labels.as_ptr(), chunk_rows, sum, out)

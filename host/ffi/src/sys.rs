@@ -4,9 +4,9 @@ use std::ffi::{c_char, c_int, c_void};
 
 use torch_sys::C_tensor;
 
-/// `host::FrozenLinear` of `cpp/linear.h`.
+/// `host::LinearLayer` of `cpp/linear.h`.
 #[repr(C)]
-pub struct FrozenLinear {
+pub struct LinearLayer {
     _private: [u8; 0],
 }
 
@@ -43,12 +43,12 @@ unsafe extern "C" {
         out: Out,
     ) -> Message;
 
-    pub fn host_frozen_linear_new(weight: In, bias: In, prepack: c_int, out: *mut *mut FrozenLinear) -> Message;
-    pub fn host_frozen_linear_free(layer: *mut FrozenLinear);
-    pub fn host_frozen_linear_forward(layer: *const FrozenLinear, x: In, out: Out) -> Message;
+    pub fn host_linear_layer_new(weight: In, bias: In, prepack: c_int, out: *mut *mut LinearLayer) -> Message;
+    pub fn host_linear_layer_free(layer: *mut LinearLayer);
+    pub fn host_linear_layer_forward(layer: *const LinearLayer, x: In, out: Out) -> Message;
     pub fn host_lora_linear(
         x: In,
-        layer: *const FrozenLinear,
+        layer: *const LinearLayer,
         a: In,
         b: In,
         scale: f64,
@@ -57,7 +57,7 @@ unsafe extern "C" {
     ) -> Message;
     pub fn host_linear_cross_entropy(
         hidden: In,
-        head: *const FrozenLinear,
+        head: *const LinearLayer,
         labels: In,
         chunk_rows: i64,
         sum: bool,

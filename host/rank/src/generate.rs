@@ -56,7 +56,7 @@ pub fn continue_tokens(
     let _no_grad = tch::no_grad_guard();
     let config = &model.config;
     let capacity = (prompt.len() + max_new_tokens) as i64;
-    let kind = model.head.0.frozen.weight().kind();
+    let kind = model.head.0.layer.weight().kind();
     let mut cache =
         kv_cache.then(|| KvCache::new(config.num_layers, config.num_kv_heads, config.head_dim, capacity, kind, device));
     let mut all = prompt.to_vec();
@@ -93,7 +93,7 @@ pub fn run(plan: &GeneratePlan, env: &WorkerEnv, template: Option<&SharedTemplat
             .hint("shorten the prompt, or raise `tokenizer.max_seq_len` beyond what the model was tuned on"));
     }
     let kind = torch::kind(plan.dtype);
-    let opened = Opened::open(&plan.model, plan.seed, kind, kind, device)?;
+    let opened = Opened::open(&plan.model, kind, device, None)?;
     let vocabulary = opened.model.config.vocab_size;
     if let Some(token) = prompt.iter().find(|token| **token >= vocabulary) {
         return Err(Error::config("the tokenizer does not belong to this model")

@@ -1,12 +1,13 @@
 //! The worker: everything that touches a tensor. Links libtorch; started by the launcher, one process per rank.
 //!
-//! Arrows point one way: `script → train → {data, model, adapter, optim, checkpoint, metrics} → dist → ffi`. `train`
+//! Arrows point one way: `script → train → {data, model, trained, optim, checkpoint, metrics} → dist → ffi`. `train`
 //! offers [`train::Run`] and never calls a guest.
 
 pub mod adapter;
 pub mod checkpoint;
 pub mod device;
 pub mod dist;
+pub mod flat;
 pub mod generate;
 pub mod logits;
 pub mod metrics;
@@ -16,3 +17,4 @@ pub mod preview;
 pub mod script;
 pub mod torch;
 pub mod train;
+pub mod trained;

@@ -22,7 +22,7 @@ pub fn write(model: &Path, tokens: &Path, out: &Path) -> Result<()> {
         None => (model.to_path_buf(), None),
     };
     let plan = ModelPlan { checkpoint_dir: base, checkpoint_files: vec![], lora: None, adapter };
-    let opened = Opened::open(&plan, 0, Kind::Float, Kind::Float, Device::Cpu)?;
+    let opened = Opened::open(&plan, Kind::Float, Device::Cpu, None)?;
     let mut written = Vec::new();
     for (index, sequence) in sequences.iter().enumerate() {
         written.push((index.to_string(), of(&opened, sequence)?));

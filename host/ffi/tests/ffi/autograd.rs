@@ -1,4 +1,4 @@
-use host_ffi::autograd::{FrozenLinear, lora_linear, rms_norm, rope, swiglu};
+use host_ffi::autograd::{LinearLayer, lora_linear, rms_norm, rope, swiglu};
 use tch::{Kind, Tensor};
 
 use crate::reference::{BOTH, compare, normal, relative};
@@ -33,9 +33,12 @@ fn rms_norm_matches_operators() {
 #[test]
 fn rms_norm_trains_its_weight_when_asked() {
     let (x, weight) = (normal(1, &[5, 33]), normal(2, &[33]));
-    compare("rms_norm weight", &[x, weight], Kind::Float, 2e-6, &|v| rms_norm(&v[0], &v[1], EPS).unwrap(), &|v| {
-        plain_norm(&v[0], &v[1])
-    });
+    for (kind, tolerance) in BOTH {
+        let inputs = [x.shallow_clone(), weight.shallow_clone()];
+        compare("rms_norm weight", &inputs, kind, tolerance * 2.0, &|v| rms_norm(&v[0], &v[1], EPS).unwrap(), &|v| {
+            plain_norm(&v[0], &v[1])
+        });
+    }
 }
 
 fn plain_rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
@@ -113,7 +116,7 @@ fn a_frozen_layer_matches_and_keeps_its_weight_frozen() {
         for (t, inner, outer) in [(1, 8, 5), (33, 64, 48), (130, 96, 160)] {
             for (kind, tolerance) in BOTH {
                 let (w, bias) = (normal(9, &[outer, inner]).to_kind(kind), normal(10, &[outer]).to_kind(kind));
-                let layer = FrozenLinear::new(&w, Some(&bias), prepack).unwrap();
+                let layer = LinearLayer::new(&w, Some(&bias), prepack).unwrap();
                 let (w, bias) = (w.to_kind(Kind::Double), bias.to_kind(Kind::Double));
                 compare(
                     &format!("frozen {t}x{inner}->{outer} prepack={prepack}"),
@@ -129,11 +132,30 @@ fn a_frozen_layer_matches_and_keeps_its_weight_frozen() {
 }
 
 #[test]
+fn a_layer_trains_its_weight_and_bias_when_they_ask() {
+    for (t, inner, outer) in [(1, 8, 5), (33, 64, 48), (130, 96, 160)] {
+        for (kind, tolerance) in BOTH {
+            for with_bias in [false, true] {
+                let inputs = [normal(9, &[t, inner]), normal(10, &[outer, inner]), normal(11, &[outer])];
+                compare(
+                    &format!("trained {t}x{inner}->{outer} bias={with_bias}"),
+                    &inputs[..if with_bias { 3 } else { 2 }],
+                    kind,
+                    tolerance,
+                    &|v| LinearLayer::new(&v[1], v.get(2), false).unwrap().forward(&v[0]).unwrap(),
+                    &|v| v[0].linear(&v[1], v.get(2)),
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn the_graph_outlives_the_layer() {
     let x = normal(1, &[4, 6]).set_requires_grad(true);
     let w = normal(2, &[3, 6]);
     let y = {
-        let layer = FrozenLinear::new(&w, None, false).unwrap();
+        let layer = LinearLayer::new(&w, None, false).unwrap();
         layer.forward(&x).unwrap()
     };
     y.sum(Kind::Float).backward();
@@ -147,7 +169,7 @@ fn lora_matches_operators() {
     for (t, inner, outer, r) in [(1, 8, 5, 2), (40, 64, 48, 8), (257, 96, 192, 16), (5, 576, 192, 3)] {
         for (kind, tolerance) in BOTH {
             let w = normal(12, &[outer, inner]).to_kind(kind);
-            let layer = FrozenLinear::new(&w, None, false).unwrap();
+            let layer = LinearLayer::new(&w, None, false).unwrap();
             let w = w.to_kind(Kind::Double);
             let inputs = [normal(13, &[t, inner]), normal(14, &[r, inner]), normal(15, &[outer, r])];
             compare(
@@ -166,7 +188,7 @@ fn lora_matches_operators() {
 #[test]
 fn lora_with_a_dropped_input_matches_operators() {
     let w = normal(12, &[20, 32]);
-    let layer = FrozenLinear::new(&w, None, false).unwrap();
+    let layer = LinearLayer::new(&w, None, false).unwrap();
     let w = w.to_kind(Kind::Double);
     let inputs = [normal(13, &[9, 32]), normal(14, &[4, 32]), normal(15, &[20, 4]), normal(16, &[9, 32])];
     compare(
@@ -182,7 +204,7 @@ fn lora_with_a_dropped_input_matches_operators() {
 #[test]
 fn fp32_masters_beside_bf16_activations_get_fp32_gradients() {
     let w = normal(12, &[48, 64]).to_kind(Kind::BFloat16);
-    let layer = FrozenLinear::new(&w, None, false).unwrap();
+    let layer = LinearLayer::new(&w, None, false).unwrap();
     let x = normal(13, &[300, 64]).to_kind(Kind::BFloat16);
     let leaf = |seed, shape: &[i64]| normal(seed, shape).set_requires_grad(true);
     let (a, b) = (leaf(14, &[8, 64]), leaf(15, &[48, 8]));
@@ -206,13 +228,14 @@ fn wrong_shapes_and_dtypes_are_errors_that_name_them() {
     assert_eq!(message(rms_norm(&x, &w, EPS)), "rms_norm: weight must be [6], got [3, 5]");
     let bf16 = normal(2, &[6]).to_kind(Kind::BFloat16);
     assert_eq!(message(rms_norm(&x, &bf16, EPS)), "rms_norm: x is Float and weight BFloat16; they must be the same");
-    let layer = FrozenLinear::new(&w, None, false).unwrap();
-    assert_eq!(message(layer.forward(&x)), "FrozenLinear: x must be [T, 5], got [4, 6]");
+    let layer = LinearLayer::new(&w, None, false).unwrap();
+    assert_eq!(message(layer.forward(&x)), "LinearLayer: x must be [T, 5], got [4, 6]");
     assert_eq!(message(swiglu(&x, &w)), "swiglu: gate and up must be [T, F], got [4, 6] and [3, 5]");
     let odd = normal(3, &[2, 1, 3]);
     assert_eq!(message(rope(&odd, &x, &x)), "rope: x must be [T, N, H] with an even H, got [2, 1, 3]");
     let (a, b) = (normal(4, &[2, 5]), normal(5, &[4, 2]));
     let good = normal(6, &[4, 5]);
     assert_eq!(message(lora_linear(&good, &layer, &a, &b, 1.0, None)), "lora_linear: b must be [3, 2], got [4, 2]");
-    assert!(FrozenLinear::new(&odd, None, false).is_err());
+    assert!(LinearLayer::new(&odd, None, false).is_err());
+    assert!(LinearLayer::new(&w.set_requires_grad(true), None, true).is_err());
 }

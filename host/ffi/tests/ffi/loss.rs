@@ -1,4 +1,4 @@
-use host_ffi::autograd::{FrozenLinear, linear_cross_entropy, linear_cross_entropy_sum};
+use host_ffi::autograd::{LinearLayer, linear_cross_entropy, linear_cross_entropy_sum};
 use tch::{Kind, Tensor};
 
 use crate::reference::{BOTH, compare, normal};
@@ -20,7 +20,7 @@ fn the_loss_matches_operators_for_every_chunking() {
         for chunk in [1, 3, 16, 1000] {
             for (kind, tolerance) in BOTH {
                 let head = (normal(2, &[vocabulary, width]) * 0.5).to_kind(kind);
-                let layer = FrozenLinear::new(&head, None, false).unwrap();
+                let layer = LinearLayer::new(&head, None, false).unwrap();
                 let exact = head.to_kind(Kind::Double);
                 compare(
                     &format!("loss {rows}x{width}x{vocabulary} by {chunk}"),
@@ -50,9 +50,43 @@ fn the_loss_matches_operators_for_every_chunking() {
 }
 
 #[test]
+fn a_head_that_learns_gets_its_gradient() {
+    let (rows, width, vocabulary) = (40, 16, 1000);
+    let labels = labels(5, rows, vocabulary);
+    let factors = normal(3, &[rows]).to_kind(Kind::Float);
+    for chunk in [1, 16, 1000] {
+        for (kind, tolerance) in BOTH {
+            // As above; and in bf16 the chunks' gradients of the weight are rounded as they are added.
+            let tolerance = if kind == Kind::Float { 2.0 * tolerance } else { 2e-2 };
+            let inputs = [normal(1, &[rows, width]), normal(2, &[vocabulary, width]) * 0.5];
+            let layer = |head: &Tensor| LinearLayer::new(head, None, false).unwrap();
+            compare(
+                &format!("loss and head by {chunk}"),
+                &inputs,
+                kind,
+                tolerance,
+                &|v| linear_cross_entropy_sum(&v[0], &layer(&v[1]), &labels, chunk).unwrap(),
+                &|v| plain(&v[0], &v[1], &labels),
+            );
+            compare(
+                &format!("rows and head by {chunk}"),
+                &inputs,
+                kind,
+                tolerance,
+                &|v| linear_cross_entropy(&v[0], &layer(&v[1]), &labels, chunk).unwrap() * &factors,
+                &|v| {
+                    let logits = v[0].matmul(&v[1].tr());
+                    logits.cross_entropy_loss(&labels, None::<Tensor>, tch::Reduction::None, -100, 0.0) * &factors
+                },
+            );
+        }
+    }
+}
+
+#[test]
 fn ignored_rows_add_nothing() {
     let head = normal(2, &[50, 12]);
-    let layer = FrozenLinear::new(&head, None, false).unwrap();
+    let layer = LinearLayer::new(&head, None, false).unwrap();
     let labels = Tensor::from_slice(&[3i64, -100, 49, -100, 0]);
     let exact = head.to_kind(Kind::Double);
     compare(
@@ -68,7 +102,7 @@ fn ignored_rows_add_nothing() {
 #[test]
 fn confident_rows_stay_finite_and_exact() {
     let head = Tensor::eye(64, (Kind::Float, tch::Device::Cpu)) * 300.0;
-    let layer = FrozenLinear::new(&head, None, false).unwrap();
+    let layer = LinearLayer::new(&head, None, false).unwrap();
     let exact = head.to_kind(Kind::Double);
     let hidden = Tensor::eye(64, (Kind::Float, tch::Device::Cpu));
     let wrong = Tensor::from_slice(&(0..64).map(|i| (i + 1) % 64).collect::<Vec<i64>>());
@@ -84,7 +118,7 @@ fn confident_rows_stay_finite_and_exact() {
 
 #[test]
 fn evaluation_and_no_rows_work() {
-    let layer = FrozenLinear::new(&normal(2, &[50, 12]), None, false).unwrap();
+    let layer = LinearLayer::new(&normal(2, &[50, 12]), None, false).unwrap();
     let hidden = normal(1, &[5, 12]).set_requires_grad(true);
     let labels = labels(1, 5, 50);
     let with = linear_cross_entropy_sum(&hidden, &layer, &labels, 2).unwrap();
@@ -99,7 +133,7 @@ fn evaluation_and_no_rows_work() {
 
 #[test]
 fn a_label_outside_of_the_vocabulary_is_an_error() {
-    let layer = FrozenLinear::new(&normal(2, &[50, 12]), None, false).unwrap();
+    let layer = LinearLayer::new(&normal(2, &[50, 12]), None, false).unwrap();
     let hidden = normal(1, &[2, 12]);
     for bad in [50i64, -1] {
         let labels = Tensor::from_slice(&[1, bad]);

@@ -1,12 +1,12 @@
 //! LoRA: `y = W x + (α/r) B A dropout(x)` on the layers the config names.
 //!
-//! All factors are views of one flat tensor, their gradients views of another: a step is one reduction and one optimizer
-//! call whatever the number of layers.
+//! All factors are views of one vector.
 
 use host::config::plan::LoraPlan;
 use host::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
+use crate::flat::Flat;
 use crate::torch::TorchContext;
 use host::hf::LinearSpec;
 
@@ -34,10 +34,8 @@ impl LoraPair {
 pub struct LoraAdapter {
     pub plan: LoraPlan,
     entries: Vec<Entry>,
-    /// All factors end to end, A then B of each layer.
-    pub flat: Tensor,
-    /// Their gradients, accumulated by backward.
-    pub grad: Tensor,
+    /// A then B of each layer.
+    pub flat: Flat,
 }
 
 struct Entry {
@@ -53,23 +51,13 @@ impl LoraAdapter {
         let specs = matching(plan, linears)?;
         let rank = plan.rank as i64;
         let total: i64 = specs.iter().map(|spec| rank * (spec.inputs + spec.outputs)).sum();
-        let flat = Tensor::zeros([total], (kind, device));
-        let grad = Tensor::zeros([total], (kind, device));
-        let mut offset = 0;
-        let mut leaf = |shape: [i64; 2]| -> Result<Tensor> {
-            let size = shape[0] * shape[1];
-            let view = flat.narrow(0, offset, size).view(shape).set_requires_grad(true);
-            let gradient = grad.narrow(0, offset, size).view(shape);
-            host_ffi::grad::set_grad(&view, &gradient).torch("lay out the gradients")?;
-            offset += size;
-            Ok(view)
-        };
+        let mut flat = Flat::new(total, kind, device);
         let mut entries = Vec::with_capacity(specs.len());
         for spec in specs {
-            let (a, b) = (leaf([rank, spec.inputs])?, leaf([spec.outputs, rank])?);
+            let (a, b) = (flat.leaf(&[rank, spec.inputs])?, flat.leaf(&[spec.outputs, rank])?);
             entries.push(Entry { spec, a, b });
         }
-        let adapter = Self { plan: plan.clone(), entries, flat, grad };
+        let adapter = Self { plan: plan.clone(), entries, flat };
         adapter.initialise(seed);
         Ok(adapter)
     }
@@ -102,10 +90,6 @@ impl LoraAdapter {
 
     pub fn scale(&self) -> f64 {
         self.plan.alpha / self.plan.rank as f64
-    }
-
-    pub fn num_parameters(&self) -> i64 {
-        self.flat.numel() as i64
     }
 
     /// Factors by layer name, in order: `(layer, A, B)`.

@@ -9,11 +9,12 @@ use host::error::IoContext;
 use host::hf::config_folder;
 use tch::Kind;
 
-use crate::adapter::{LoraAdapter, peft};
+use crate::adapter::peft;
 use crate::checkpoint::resume::{self, ResumeState, existing};
 use crate::checkpoint::{files, merged};
 use crate::metrics::Curve;
 use crate::model::Weights;
+use crate::trained::Trained;
 
 /// Files of the base model at least this large are weights or the like, and not copied beside a checkpoint.
 const MAX_COPIED_BYTES: u64 = 100 * 1024 * 1024;
@@ -57,7 +58,7 @@ impl Saver {
         &mut self,
         name: &str,
         base: &Weights,
-        adapter: &LoraAdapter,
+        trained: &Trained,
         state: &ResumeState,
         curve: &Curve,
     ) -> Result<PathBuf> {
@@ -69,7 +70,7 @@ impl Saver {
             fs::remove_dir_all(&partial).path_context("remove the unfinished", &partial)?;
         }
         fs::create_dir(&partial).path_context("create", &partial)?;
-        let filled = self.fill(&partial, base, adapter, state, curve);
+        let filled = self.fill(&partial, base, trained, state, curve);
         let written = filled.and_then(|()| publish(&partial, &target));
         if written.is_err() {
             // The error that matters is the one that stopped the write; a leftover has a name no reader takes for whole.
@@ -82,23 +83,18 @@ impl Saver {
         Ok(target)
     }
 
-    fn fill(
-        &self,
-        dir: &Path,
-        base: &Weights,
-        adapter: &LoraAdapter,
-        state: &ResumeState,
-        curve: &Curve,
-    ) -> Result<()> {
+    fn fill(&self, dir: &Path, base: &Weights, trained: &Trained, state: &ResumeState, curve: &Curve) -> Result<()> {
         self.copy_small_files(dir)?;
         if !self.plan.adapter_only {
-            merged::write(base, Some(adapter), self.kind, merged::MAX_SHARD_BYTES, dir)?;
+            merged::write(base, Some(trained), self.kind, merged::MAX_SHARD_BYTES, dir)?;
         }
-        // In a folder of its own: beside merged weights, transformers would find it and apply it a second time.
-        let adapter_dir = dir.join(ADAPTER_DIR);
-        fs::create_dir(&adapter_dir).path_context("create", &adapter_dir)?;
-        peft::write(adapter, &peft::base_model_name(&self.checkpoint_dir)?, &adapter_dir)?;
-        files::sync(&adapter_dir)?;
+        if let Some(adapter) = trained.lora() {
+            // In a folder of its own: beside merged weights, transformers would find it and apply it a second time.
+            let adapter_dir = dir.join(ADAPTER_DIR);
+            fs::create_dir(&adapter_dir).path_context("create", &adapter_dir)?;
+            peft::write(adapter, &peft::base_model_name(&self.checkpoint_dir)?, &adapter_dir)?;
+            files::sync(&adapter_dir)?;
+        }
         files::write_json(&dir.join("run.json"), &self.record)?;
         files::write_bytes(&dir.join("config_resolved.yaml"), self.resolved_yaml.as_bytes())?;
         curve.write(dir)?;

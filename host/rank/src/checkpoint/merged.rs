@@ -1,4 +1,5 @@
-//! The merged model: the base's tensors with the adapter folded in, streamed one at a time into shards with an index.
+//! The model as it is now: the base's tensors, trained or with the adapter folded in, streamed one at a time into shards with
+//! an index.
 
 use std::path::Path;
 
@@ -6,21 +7,15 @@ use host::Result;
 use serde_json::json;
 use tch::{Device, Kind};
 
-use crate::adapter::LoraAdapter;
 use crate::checkpoint::files::{self, LazyTensor};
 use crate::model::Weights;
+use crate::trained::Trained;
 
 /// Hugging Face's own limit for one shard.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
-/// Writes every tensor of `base`, adapters merged, as `kind` into `dir`: `model-0000i-of-0000N.safetensors` and index.
-pub fn write(
-    base: &Weights,
-    adapter: Option<&LoraAdapter>,
-    kind: Kind,
-    max_shard_bytes: usize,
-    dir: &Path,
-) -> Result<()> {
+/// Writes every tensor of `base`, what was trained counted in, as `kind` into `dir`: `model-0000i-of-0000N.safetensors` and index.
+pub fn write(base: &Weights, trained: Option<&Trained>, kind: Kind, max_shard_bytes: usize, dir: &Path) -> Result<()> {
     let dtype = files::dtype(kind)?;
     let mut shards: Vec<Vec<(&str, Vec<usize>)>> = vec![vec![]];
     let (mut shard_bytes, mut total_bytes) = (0, 0);
@@ -43,9 +38,8 @@ pub fn write(
             // Everything that can fail about a base tensor failed when the model was loaded from it.
             let name = *name;
             let produce = Box::new(move || {
-                let weight = base.load_any(name, Kind::Float, Device::Cpu).expect("the base was loaded before");
-                let layer = name.strip_suffix(".weight").unwrap_or(name);
-                adapter.and_then(|adapter| adapter.merge(layer, &weight)).unwrap_or(weight).to_kind(kind)
+                let before = || base.load_any(name, Kind::Float, Device::Cpu).expect("the base was loaded before");
+                trained.map_or_else(before, |trained| trained.now(name, before)).to_kind(kind)
             });
             tensors.push((name.to_owned(), LazyTensor { dtype, shape: shape.clone(), produce }));
         }

@@ -1,4 +1,4 @@
-//! What a run needs to go on as if it had not stopped: adapter and moments bit for bit, and where in the data it was.
+//! What a run needs to go on as if it had not stopped: its numbers and moments bit for bit, and where in the data it was.
 
 use std::path::{Path, PathBuf};
 
@@ -21,7 +21,8 @@ const TENSORS: &str = "resume.safetensors";
 pub struct Identity {
     /// [`Weights::fingerprint`] of the base.
     pub base_model: String,
-    pub lora: LoraPlan,
+    /// None: every weight is trained.
+    pub lora: Option<LoraPlan>,
     /// Trainable parameters.
     pub num_parameters: i64,
     pub dtype: Dtype,
@@ -37,19 +38,20 @@ impl Identity {
     pub fn parts(&self) -> [(&'static str, String); 10] {
         // Without `..`, so that a new part has to be thought of here.
         let Self { base_model, lora, num_parameters, dtype, compat_torchtune, shuffle, num_rows, data_digest } = self;
-        let LoraPlan { rank, alpha, dropout, targets } = lora;
-        let mut targets: Vec<_> = targets.iter().map(String::as_str).collect();
-        targets.sort_unstable();
+        let of_lora = |value: &dyn Fn(&LoraPlan) -> String| lora.as_ref().map_or_else(|| "none".to_owned(), value);
+        let targets = |lora: &LoraPlan| {
+            let LoraPlan { rank: _, alpha: _, dropout: _, targets } = lora;
+            let mut targets: Vec<_> = targets.iter().map(String::as_str).collect();
+            targets.sort_unstable();
+            targets.join(", ")
+        };
         let short = |digest: &str| digest.chars().take(16).collect::<String>();
         [
             ("the model in `checkpointer.checkpoint_dir`", format!("of fingerprint {}", short(base_model))),
-            ("`model.lora_rank`", rank.to_string()),
-            ("`model.lora_alpha`", alpha.to_string()),
-            ("`model.lora_dropout`", dropout.to_string()),
-            (
-                "the layers with adapters (`model.lora_attn_modules`, `apply_lora_to_mlp`, `_output`)",
-                targets.join(", "),
-            ),
+            ("`model.lora_rank`", of_lora(&|lora| lora.rank.to_string())),
+            ("`model.lora_alpha`", of_lora(&|lora| lora.alpha.to_string())),
+            ("`model.lora_dropout`", of_lora(&|lora| lora.dropout.to_string())),
+            ("the layers with adapters (`model.lora_attn_modules`, `apply_lora_to_mlp`, `_output`)", of_lora(&targets)),
             ("the number of trainable parameters", num_parameters.to_string()),
             ("`dtype`", dtype.to_string()),
             ("`compat`", if *compat_torchtune { "torchtune" } else { "null" }.to_owned()),
@@ -95,18 +97,17 @@ pub struct Position {
 /// A position with its tensors.
 pub struct ResumeState {
     pub position: Position,
-    pub parameters: Tensor,
+    /// Of an adapter; whole models are in the checkpoint's own weights.
+    pub adapter: Option<Tensor>,
     pub exp_avg: Tensor,
     pub exp_avg_sq: Tensor,
 }
 
 impl ResumeState {
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let tensors = vec![
-            ("parameters".to_owned(), self.parameters.shallow_clone()),
-            ("exp_avg".to_owned(), self.exp_avg.shallow_clone()),
-            ("exp_avg_sq".to_owned(), self.exp_avg_sq.shallow_clone()),
-        ];
+        let tensors = [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)];
+        let tensors = self.adapter.iter().map(|adapter| ("parameters", adapter)).chain(tensors);
+        let tensors = tensors.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect();
         files::write_tensors(&dir.join(TENSORS), tensors)?;
         files::write_json(&dir.join(STATE), &self.position)
     }
@@ -134,7 +135,7 @@ impl ResumeState {
             weights.load(name, &shape, kind, Device::Cpu)
         };
         Ok(Self {
-            parameters: load("parameters")?,
+            adapter: position.identity.lora.as_ref().map(|_| load("parameters")).transpose()?,
             exp_avg: load("exp_avg")?,
             exp_avg_sq: load("exp_avg_sq")?,
             position,
@@ -179,7 +180,7 @@ mod tests {
         let lora = LoraPlan { rank: 8, alpha: 16.0, dropout: 0.0, targets: vec!["q_proj".into(), "v_proj".into()] };
         let identity = Identity {
             base_model: "0123456789abcdef-and-more".into(),
-            lora,
+            lora: Some(lora),
             num_parameters: 100,
             dtype: Dtype::Bf16,
             compat_torchtune: false,
@@ -245,14 +246,20 @@ mod tests {
         };
         check(&|_| {}).unwrap();
         // In whatever order the config names them.
-        check(&|now| now.lora.targets.reverse()).unwrap();
+        check(&|now| now.lora.as_mut().unwrap().targets.reverse()).unwrap();
         type Change = (fn(&mut Identity), &'static str);
         let changes: [Change; 9] = [
             (|now| now.base_model.insert(0, '1'), "of fingerprint 1012345678"),
-            (|now| now.lora.rank = 4, "`model.lora_rank`: 8 in the checkpoint, 4 in this run"),
-            (|now| now.lora.alpha = 4.5, "`model.lora_alpha`: 16 in the checkpoint, 4.5 in this run"),
-            (|now| now.lora.dropout = 0.05, "`model.lora_dropout`: 0 in the checkpoint, 0.05 in this run"),
-            (|now| now.lora.targets.truncate(1), "q_proj, v_proj in the checkpoint, q_proj in this run"),
+            (|now| now.lora.as_mut().unwrap().rank = 4, "`model.lora_rank`: 8 in the checkpoint, 4 in this run"),
+            (|now| now.lora.as_mut().unwrap().alpha = 4.5, "`model.lora_alpha`: 16 in the checkpoint, 4.5 in this run"),
+            (
+                |now| now.lora.as_mut().unwrap().dropout = 0.05,
+                "`model.lora_dropout`: 0 in the checkpoint, 0.05 in this run",
+            ),
+            (
+                |now| now.lora.as_mut().unwrap().targets.truncate(1),
+                "q_proj, v_proj in the checkpoint, q_proj in this run",
+            ),
             (|now| now.dtype = Dtype::Fp32, "`dtype`: bf16 in the checkpoint, fp32 in this run"),
             (|now| now.compat_torchtune = true, "`compat`: null in the checkpoint, torchtune in this run"),
             (|now| now.shuffle = false, "`shuffle`: True in the checkpoint, False in this run"),
@@ -265,7 +272,7 @@ mod tests {
         }
         let both = check(&|now| {
             now.shuffle = false;
-            now.lora.rank = 4;
+            now.lora.as_mut().unwrap().rank = 4;
         });
         assert_eq!(both.unwrap_err().len(), 2);
     }

@@ -1,7 +1,7 @@
 //! The layers a decoder is made of. `T` tokens of all documents laid end to end, `D` hidden, `N` heads, `H` head size.
 
 use host::Result;
-use host_ffi::autograd::{self, FrozenLinear};
+use host_ffi::autograd::{self, LinearLayer};
 use tch::{Kind, Tensor};
 
 use crate::adapter::LoraPair;
@@ -34,10 +34,10 @@ impl Forward<'_> {
     }
 }
 
-/// A linear layer of the checkpoint: frozen, perhaps with an adapter.
+/// A linear layer of the checkpoint: trained, or frozen and perhaps with an adapter.
 pub struct Linear {
     pub name: String,
-    pub frozen: FrozenLinear,
+    pub layer: LinearLayer,
     pub lora: Option<LoraPair>,
 }
 
@@ -49,18 +49,18 @@ impl Linear {
     /// `y = x Wᵀ + (α/r) (dropout(x) Aᵀ) Bᵀ`.
     pub fn forward(&self, x: &Tensor, forward: &Forward) -> Result<Tensor> {
         let Some(lora) = self.adapter(forward) else {
-            return self.frozen.forward(x).torch(format!("apply `{}`", self.name));
+            return self.layer.forward(x).torch(format!("apply `{}`", self.name));
         };
         let dropped = match &forward.dropout_keys {
             Some(keys) if lora.dropout > 0.0 => Some(lora.drop(x, keys)?),
             _ => None,
         };
-        autograd::lora_linear(x, &self.frozen, &lora.a, &lora.b, lora.scale, dropped.as_ref())
+        autograd::lora_linear(x, &self.layer, &lora.a, &lora.b, lora.scale, dropped.as_ref())
             .torch(format!("apply `{}` and its adapter", self.name))
     }
 }
 
-/// Root mean square norm with a frozen scale.
+/// Root mean square norm.
 pub struct RmsNorm {
     pub weight: Tensor,
     pub eps: f64,
@@ -153,7 +153,7 @@ impl Head {
         match self.0.adapter(forward) {
             Some(lora) => self.adapted_cross_entropy_sum(lora, hidden, labels, chunk_rows, forward),
             None => {
-                autograd::linear_cross_entropy_sum(hidden, &self.0.frozen, labels, chunk_rows).torch("compute the loss")
+                autograd::linear_cross_entropy_sum(hidden, &self.0.layer, labels, chunk_rows).torch("compute the loss")
             }
         }
     }
@@ -164,7 +164,7 @@ impl Head {
             let scores = self.logits(hidden, forward)?;
             return Ok(scores.log_softmax(-1, Kind::Float).gather(1, &labels.unsqueeze(1), false).squeeze_dim(1));
         }
-        let losses = autograd::linear_cross_entropy(hidden, &self.0.frozen, labels, chunk_rows);
+        let losses = autograd::linear_cross_entropy(hidden, &self.0.layer, labels, chunk_rows);
         Ok(losses.torch("compute log-probabilities")?.neg())
     }
 
@@ -244,8 +244,8 @@ mod tests {
         let b = Tensor::randn([vocabulary, 2], kinds);
         tch::no_grad(|| lora.b.shallow_clone().copy_(&b));
         let weight = Tensor::randn([vocabulary, hidden_size], kinds);
-        let frozen = FrozenLinear::new(&weight, None, false).unwrap();
-        let head = Head(Linear { name: "lm_head".into(), frozen, lora: Some(lora) });
+        let layer = LinearLayer::new(&weight, None, false).unwrap();
+        let head = Head(Linear { name: "lm_head".into(), layer, lora: Some(lora) });
         let lora = head.0.lora.as_ref().unwrap();
         let hidden = Tensor::randn([rows, hidden_size], kinds).set_requires_grad(true);
         let labels = Tensor::from_slice(&[3i64, 0, 12, -100, 5, 5, 1, 2, -100, 9, 11]);

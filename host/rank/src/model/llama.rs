@@ -59,7 +59,7 @@ impl Llama {
     ) -> Result<Tensor> {
         let selected = rows.map(|rows| (rows, forward.at(rows)));
         let last = self.layers.len() - 1;
-        let mut x = self.embedding.index_select(0, tokens); // [T, D]
+        let mut x = Tensor::embedding(&self.embedding, tokens, -1, false, false); // [T, D]
         for (index, layer) in self.layers.iter().enumerate() {
             let slot = cache.as_deref_mut().map(|cache| (cache, index));
             x = layer.forward(&x, forward, slot, selected.as_ref().filter(|_| index == last))?;

@@ -435,7 +435,10 @@ impl training::HostRun for HostState {
 
     fn reference(&mut self, _run: Resource<Run>) -> HostResult<Resource<Model>> {
         self.check_handles()?;
-        self.training()?.has(Which::Reference);
+        if !self.training()?.has(Which::Reference) {
+            return Err(HostError::guest(types::Code::Missing, "the config names no reference to compare with")
+                .hint("give `ref_checkpointer`: without adapters to leave out, the reference is a second model"));
+        }
         Ok(self.models.insert(Model(Which::Reference)))
     }
 

@@ -9,5 +9,5 @@ pub mod run;
 pub mod step;
 
 pub use batch::Which;
-pub use open::{Inputs, Opened, Tokens};
+pub use open::{Inputs, Opened, Start, Tokens};
 pub use run::{Loss, Over, Run};

@@ -1,4 +1,4 @@
-//! From a plan to a [`Run`]: data, model, adapter, optimizer, and the checkpoint to go on from.
+//! From a plan to a [`Run`]: data, model, what of it is trained, optimizer, and the checkpoint to go on from.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -21,9 +21,9 @@ use crate::metrics::{Curve, Recorder};
 use crate::model::builder::Builder;
 use crate::model::{Llama, Weights};
 use crate::optim::{AdamW, Schedule};
-use crate::torch::TorchContext;
 use crate::train::agree::{self, Facts};
 use crate::train::run::{Loss, Others, Parts, Run, rows_of_epoch};
+use crate::trained::{Trained, WholeModel};
 use crate::{device, torch};
 
 /// What the worker's start-up hands to a run besides the plan.
@@ -49,23 +49,26 @@ pub struct Tokens {
     pub pad: i64,
 }
 
-/// A model with its adapter, ready to train or to generate.
+/// A model, perhaps with an adapter.
 pub struct Opened {
     pub weights: Weights,
     pub model: Llama,
-    pub adapter: Option<LoraAdapter>,
+    /// What of it requires a gradient.
+    pub trained: Option<Trained>,
     pub num_parameters: i64,
 }
 
+/// How a model that is to be trained starts.
+#[derive(Clone, Copy)]
+pub struct Start {
+    pub seed: u64,
+    /// The type that the factors of an adapter are kept in.
+    pub adapter_kind: Kind,
+}
+
 impl Opened {
-    /// Builds the model of a plan's section. `adapter_kind` is the type the adapter's factors are kept in.
-    pub fn open(
-        plan: &host::config::plan::ModelPlan,
-        seed: u64,
-        kind: Kind,
-        adapter_kind: Kind,
-        device: Device,
-    ) -> Result<Self> {
+    /// Builds the model of a plan's section: to `start` training, or as it stands. Without an adapter all of it is trained.
+    pub fn open(plan: &ModelPlan, kind: Kind, device: Device, start: Option<Start>) -> Result<Self> {
         let config = ModelConfig::read(&plan.checkpoint_dir)?;
         let weights = Weights::of_model(WeightIndex::open(&plan.checkpoint_dir, &plan.checkpoint_files)?, &config)?;
         weights.check_types()?;
@@ -88,17 +91,21 @@ impl Opened {
             (None, Some(dir)) => Some(peft::read_plan(dir)?),
             (lora, _) => lora.clone(),
         };
-        let adapter = match &lora {
-            Some(lora) => Some(LoraAdapter::new(lora, &config.linears(), seed, adapter_kind, device)?),
-            None => None,
+        let trained = match (&lora, start) {
+            (Some(lora), start) => {
+                let Start { seed, adapter_kind } = start.unwrap_or(Start { seed: 0, adapter_kind: kind });
+                Some(Trained::Lora(LoraAdapter::new(lora, &config.linears(), seed, adapter_kind, device)?))
+            }
+            (None, Some(_)) => Some(Trained::Whole(WholeModel::new(&weights, &config, kind, device)?)),
+            (None, None) => None,
         };
-        if let (Some(adapter), Some(path)) = (&adapter, &plan.adapter) {
+        if let (Some(Trained::Lora(adapter)), Some(path)) = (&trained, &plan.adapter) {
             peft::read_weights(adapter, path, &config)?;
         }
-        let model = Llama::build(&config, &Builder::new(&weights, adapter.as_ref(), kind, device))?;
+        let model = Llama::build(&config, &Builder::new(&weights, trained.as_ref(), kind, device))?;
         let base: i64 = weights.index.tensors.values().map(|entry| entry.shape.iter().product::<usize>() as i64).sum();
-        let num_parameters = base + adapter.as_ref().map_or(0, LoraAdapter::num_parameters);
-        Ok(Self { weights, model, adapter, num_parameters })
+        let added = trained.as_ref().and_then(Trained::lora).map_or(0, |adapter| adapter.flat.size());
+        Ok(Self { weights, model, trained, num_parameters: base + added })
     }
 }
 
@@ -137,30 +144,28 @@ impl Run {
         plan.seed = seed.try_into().map(u64::from_le_bytes).map_err(|_| Error::bug("a seed has eight bytes"))?;
         let kind = torch::kind(plan.dtype);
         let adapter_kind = if plan.compat_torchtune { kind } else { Kind::Float };
-        let opened = Opened::open(&plan.model, plan.seed, kind, adapter_kind, device)?;
-        let Some(adapter) = opened.adapter else {
-            return Err(Error::config("the model section describes nothing to train")
-                .hint("name a LoRA component, such as `lora_smollm2_135m`; full fine-tuning is not built yet"));
-        };
+        let start = Start { seed: plan.seed, adapter_kind };
+        let opened = Opened::open(&plan.model, kind, device, Some(start))?;
+        let trained = opened.trained.ok_or_else(|| Error::bug("a model to train has nothing to train"))?;
         check_fit(&opened.model.config, &tokens)?;
         let others = open_others(&plan, &opened.model.config, kind, device)?;
         // Padding is never looked at; a padding token that was added past the embedding must not be looked up either.
         let pad = if tokens.pad < opened.model.config.vocab_size { tokens.pad } else { 0 };
-        let mut optimizer = AdamW::new(&plan.optimizer, &adapter.flat);
+        let mut optimizer = AdamW::new(&plan.optimizer, &trained.flat().numbers);
         let data = tokens.training;
-        let identity = identity(&plan, &opened.weights, &adapter, &data);
+        let identity = identity(&plan, &opened.weights, &trained, &data);
         let resume_dir = if plan.checkpoint.resume { Some(find_resume(&plan)?) } else { None };
         let position = match &resume_dir {
-            Some(dir) => restore(dir, &plan, &identity, &adapter, &mut optimizer, &group)?,
+            Some(dir) => restore(dir, &plan, &identity, &opened.model.config, &trained, &mut optimizer, &group)?,
             None => beginning(&plan, identity, &group),
         };
         let curve = resume_dir.as_deref().map(Curve::read).unwrap_or_default();
         let steps_per_epoch = steps_per_epoch(&plan, &data, &position, group.world_size)?;
         let total_steps = plan.epochs * steps_per_epoch;
         let record = record(&plan, &inputs, &position);
-        agree::check(&group, &facts(&config, &record, &position, tokens.validation.as_ref(), &adapter)?)?;
+        agree::check(&group, &facts(&config, &record, &position, tokens.validation.as_ref(), &trained))?;
         if group.is_main() {
-            let (all, trainable) = (opened.num_parameters, adapter.num_parameters());
+            let (all, trainable) = (opened.num_parameters, trained.flat().size());
             let share = 100.0 * trainable as f64 / all as f64;
             let layers = opened.model.config.num_layers;
             let (dtype, device, seconds) = (plan.dtype, device::name(device), started.elapsed().as_secs_f64());
@@ -220,7 +225,7 @@ impl Run {
             weights: opened.weights,
             model: opened.model,
             others,
-            adapter,
+            trained,
             optimizer,
             data,
             validation,
@@ -240,7 +245,7 @@ impl Run {
 fn open_others(plan: &TrainPlan, trained: &ModelConfig, kind: Kind, device: Device) -> Result<Others> {
     let open = |frozen: &Option<ModelPlan>, what: &str| {
         let Some(frozen) = frozen else { return Ok(None) };
-        let model = Opened::open(frozen, plan.seed, kind, kind, device)
+        let model = Opened::open(frozen, kind, device, None)
             .map_err(|error| error.cause(format!("it is the model of `{what}`")))?
             .model;
         if model.config.vocab_size != trained.vocab_size {
@@ -258,11 +263,11 @@ fn open_others(plan: &TrainPlan, trained: &ModelConfig, kind: Kind, device: Devi
     })
 }
 
-fn identity(plan: &TrainPlan, base: &Weights, adapter: &LoraAdapter, data: &Tokenized) -> Identity {
+fn identity(plan: &TrainPlan, base: &Weights, trained: &Trained, data: &Tokenized) -> Identity {
     Identity {
         base_model: base.fingerprint(),
-        lora: adapter.plan.clone(),
-        num_parameters: adapter.num_parameters(),
+        lora: trained.lora().map(|adapter| adapter.plan.clone()),
+        num_parameters: trained.flat().size(),
         dtype: plan.dtype,
         compat_torchtune: plan.compat_torchtune,
         shuffle: plan.shuffle,
@@ -343,7 +348,8 @@ fn restore(
     dir: &Path,
     plan: &TrainPlan,
     identity: &Identity,
-    adapter: &LoraAdapter,
+    config: &ModelConfig,
+    trained: &Trained,
     optimizer: &mut AdamW,
     group: &Group,
 ) -> Result<Position> {
@@ -356,11 +362,16 @@ fn restore(
             .cause(format!("its steps have {samples} samples, `batch_size` × ranks is {per_turn}"))
             .hint("set `batch_size` so that batch_size × ranks divides the samples of a step"));
     }
-    tch::no_grad(|| {
-        adapter.flat.shallow_clone().copy_(&state.parameters);
-        optimizer.exp_avg.copy_(&state.exp_avg);
-        optimizer.exp_avg_sq.copy_(&state.exp_avg_sq);
-    });
+    match trained {
+        Trained::Whole(model) => model.read(&Weights::of_model(WeightIndex::open(dir, &[])?, config)?)?,
+        Trained::Lora(adapter) => {
+            let numbers = state.adapter.ok_or_else(|| Error::bug("the state of an adapter has no adapter"))?;
+            tch::no_grad(|| adapter.flat.numbers.shallow_clone().copy_(&numbers));
+        }
+    }
+    let device = trained.flat().numbers.device();
+    optimizer.exp_avg = state.exp_avg.to_device(device);
+    optimizer.exp_avg_sq = state.exp_avg_sq.to_device(device);
     optimizer.updates = position.step;
     Ok(position)
 }
@@ -389,8 +400,8 @@ fn facts(
     record: &serde_json::Value,
     position: &Position,
     validation: Option<&Tokenized>,
-    adapter: &LoraAdapter,
-) -> Result<Facts> {
+    trained: &Trained,
+) -> Facts {
     let mut facts = Facts::new();
     agree::add_config(&mut facts, "", config);
     let mut add = |name: &str, value: String| facts.insert(name.to_owned(), value);
@@ -408,11 +419,8 @@ fn facts(
     }
     add("the tokens of `dataset_val`", validation.map_or("none", Tokenized::digest).to_owned());
     add("the step to go on from", position.step.to_string());
-    let numbers = Vec::<f32>::try_from(adapter.flat.detach().to_kind(Kind::Float).to_device(Device::Cpu))
-        .torch("read the adapter")?;
-    let bytes: Vec<u8> = numbers.into_iter().flat_map(f32::to_le_bytes).collect();
-    add("the adapter's numbers", format!("of digest {}", blake3::hash(&bytes)));
-    Ok(facts)
+    add("the numbers to train", format!("of digest {}", trained.flat().digest()));
+    facts
 }
 
 /// What makes the run reproducible: versions, seed, the guests' content, the command.

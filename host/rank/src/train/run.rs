@@ -13,7 +13,6 @@ use host::worker::StopFlag;
 use host::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::adapter::LoraAdapter;
 use crate::checkpoint::{Position, ResumeState, Saver};
 use crate::dist::{self, Group};
 use crate::metrics::{self, Curve, Progress, Recorder, StepMetrics};
@@ -22,6 +21,7 @@ use crate::optim::{AdamW, Schedule};
 use crate::torch::TorchContext;
 use crate::train::batch::{DeviceBatch, DropoutSeed, Which};
 use crate::train::step::{Hidden, Metrics, StepState, Sums, Totals};
+use crate::trained::Trained;
 
 /// Everything a run is made of; [`Run::open`] gathers it.
 pub struct Parts {
@@ -34,7 +34,7 @@ pub struct Parts {
     pub model: Llama,
     /// Frozen ones beside it.
     pub others: Others,
-    pub adapter: LoraAdapter,
+    pub trained: Trained,
     pub optimizer: AdamW,
     pub schedule: Schedule,
     pub data: Tokenized,
@@ -56,7 +56,7 @@ pub struct Parts {
 /// Models that are not trained.
 #[derive(Default)]
 pub struct Others {
-    /// In place of the trained one without its adapters.
+    /// In place of the trained one without its adapters; a model that is trained as a whole has no other.
     pub reference: Option<Llama>,
     pub teacher: Option<Llama>,
 }
@@ -162,7 +162,7 @@ impl Run {
             Which::Trained => true,
             Which::Reference => {
                 self.ask("ref_checkpointer");
-                true
+                self.parts.others.reference.is_some() || self.parts.trained.lora().is_some()
             }
             Which::Teacher => {
                 self.ask("teacher_model");
@@ -188,15 +188,14 @@ impl Run {
         if which == Which::Trained { work(model) } else { tch::no_grad(|| work(model)) }
     }
 
-    /// The adapter's numbers, flat.
+    /// The numbers that are trained, flat.
     pub fn parameters(&self) -> Tensor {
-        self.parts.adapter.flat.detach()
+        self.parts.trained.flat().numbers.detach()
     }
 
-    /// Gradients of the step under way, summed and not yet divided: layer name, of A, of B.
-    pub fn gradients(&self) -> Vec<(String, Tensor, Tensor)> {
-        let pairs = self.parts.adapter.factors();
-        pairs.map(|(layer, a, b)| (layer.to_owned(), a.grad(), b.grad())).collect()
+    /// Gradients of the step under way by parameter, summed and not yet divided.
+    pub fn gradients(&self) -> Vec<(String, Tensor)> {
+        self.parts.trained.parameters().into_iter().map(|(name, parameter)| (name, parameter.grad())).collect()
     }
 
     pub fn rank(&self) -> usize {
@@ -257,8 +256,9 @@ impl Run {
     }
 
     fn dropout(&self) -> Option<DropoutSeed> {
-        let (plan, position) = (&self.parts.adapter.plan, &self.parts.position);
-        (plan.dropout > 0.0).then_some(DropoutSeed { seed: position.seed, step: position.step })
+        let position = &self.parts.position;
+        let dropout = self.parts.trained.lora().map_or(0.0, |adapter| adapter.plan.dropout);
+        (dropout > 0.0).then_some(DropoutSeed { seed: position.seed, step: position.step })
     }
 
     fn batch(&self, key: u64) -> Result<&DeviceBatch> {
@@ -459,7 +459,7 @@ impl Run {
             .hint("that belongs to another method: leave it out, or run its recipe"))
     }
 
-    /// One all-reduce per step: gradients and sums in one flat buffer.
+    /// One all-reduce for each piece of the gradients; the sums travel with the first.
     fn reduce(&mut self, sums: &Sums, new_metrics: f64) -> Result<Totals> {
         const SCALARS: i64 = 8;
         let parts = &mut self.parts;
@@ -474,25 +474,33 @@ impl Run {
             ],
             0,
         );
-        let size = parts.adapter.grad.size()[0];
-        let flat = Tensor::cat(&[parts.adapter.grad.to_kind(Kind::Float), tail], 0);
-        parts.group.all_reduce_sum(&flat)?;
+        let mut pieces = parts.trained.flat().grad_pieces();
+        let first = &mut pieces[0];
+        let size = first.size()[0];
+        let sent = Tensor::cat(&[first.to_kind(Kind::Float), tail], 0);
+        parts.group.all_reduce_sum(&sent)?;
         let numbers: Vec<f64> =
-            Vec::try_from(flat.narrow(0, size, SCALARS).to_kind(Kind::Double).to_device(Device::Cpu))
+            Vec::try_from(sent.narrow(0, size, SCALARS).to_kind(Kind::Double).to_device(Device::Cpu))
                 .torch("read the step's sums")?;
         let [loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops, new_metrics] = numbers[..] else {
             return Err(Error::bug("the reduced sums have another length"));
         };
         let divisor = if weight > 0.0 { weight } else { 1.0 };
-        parts.adapter.grad.copy_(&(flat.narrow(0, 0, size) / divisor));
+        first.copy_(&(sent.narrow(0, 0, size) / divisor));
+        for piece in &mut pieces[1..] {
+            let sent = piece.to_kind(Kind::Float);
+            parts.group.all_reduce_sum(&sent)?;
+            piece.copy_(&(sent / divisor));
+        }
         Ok(Totals { loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops, new_metrics })
     }
 
     /// Clips and applies the gradients; returns their norm before clipping.
     fn update(&mut self) -> Result<f64> {
         let parts = &mut self.parts;
-        let grad = &mut parts.adapter.grad;
-        let norm = grad.to_kind(Kind::Float).norm().double_value(&[]);
+        let flat = parts.trained.flat();
+        let mut grad = flat.grad.shallow_clone();
+        let norm = flat.grad_norm();
         if !norm.is_finite() {
             return Err(Error::run(format!("the gradient norm of step {} is {norm}", parts.position.step + 1))
                 .hint("lower `optimizer.lr`, or train in `dtype: fp32`; the newest checkpoint is untouched"));
@@ -503,7 +511,7 @@ impl Run {
             let _ = grad.g_mul_scalar_(factor);
         }
         let lr = parts.schedule.at(parts.position.step);
-        tch::no_grad(|| parts.optimizer.step(&parts.adapter.flat, grad, lr))?;
+        tch::no_grad(|| parts.optimizer.step(&flat.numbers, &grad, lr))?;
         let _ = grad.zero_();
         Ok(norm)
     }
@@ -598,11 +606,11 @@ impl Run {
             let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
             let state = ResumeState {
                 position: Position { saved_at, ..parts.position.clone() },
-                parameters: parts.adapter.flat.detach(),
+                adapter: parts.trained.lora().map(|adapter| adapter.flat.numbers.detach()),
                 exp_avg: parts.optimizer.exp_avg.shallow_clone(),
                 exp_avg_sq: parts.optimizer.exp_avg_sq.shallow_clone(),
             };
-            let saved = saver.save(name, &parts.weights, &parts.adapter, &state, &parts.curve)?;
+            let saved = saver.save(name, &parts.weights, &parts.trained, &state, &parts.curve)?;
             if let Err(error) = parts.curve.draw(&parts.plan.output_dir.join("loss.svg")) {
                 tracing::warn!("the picture of the losses is not up to date\n{error}");
             }

@@ -145,8 +145,21 @@ fn values_land_where_they_belong() {
     for (level, expected) in [("WARNING", "WARN"), ("info", "INFO"), ("CRITICAL", "ERROR")] {
         assert_eq!(plan(&[&format!("log_level={level}")]).metrics.log_level, expected);
     }
-    // The adapters' keys go with them.
-    check_mistake(&["model=llama2_7b"], "`llama2_7b` has no adapters, so nothing would be trained");
+}
+
+/// A model without adapters is trained as a whole. The adapters' keys go with them.
+#[test]
+fn a_model_without_adapters_is_trained_as_a_whole() {
+    assert_eq!(plan(&["model=llama2_7b"]).model.lora, None);
+    check_mistake(
+        &["model=llama2_7b", "save_adapter_weights_only=True"],
+        "`save_adapter_weights_only: True`, and `llama2_7b` has no adapter: all its weights are trained",
+    );
+    let preferences = ["model=llama2_7b", "loss=DPOLoss", "~dataset_val", "~run_val_every_n_steps"];
+    check_mistake(&preferences, "`DPOLoss` compares with a reference, which without adapters is a second model");
+    let reference = "ref_checkpointer={_component_: FullModelHFCheckpointer, checkpoint_dir: model}";
+    let plan = plan(&[&preferences[..], &[reference]].concat());
+    assert_eq!(plan.reference.unwrap().checkpoint_dir, Path::new("model"));
 }
 
 /// Both forms of the reference job, word for word, and its generation.

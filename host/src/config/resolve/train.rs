@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::super::plan::{
-    CheckpointPlan, ClipPlan, DatasetPlan, DiskFormat, GuestRef, Layout, LossPlan, MetricSink, MetricsPlan,
+    CheckpointPlan, ClipPlan, DatasetPlan, DiskFormat, GuestRef, Layout, LossPlan, MetricSink, MetricsPlan, ModelPlan,
     OptimizerPlan, RowsPlan, SchedulePlan, TrainPlan,
 };
 use super::super::registry::keys::{FOR_RECIPES, TRAIN};
@@ -60,14 +60,6 @@ pub(super) fn build(
     profiler?;
     let [dataset, dataset_val] = datasets?;
     let (model, mut tokenizer) = (model?, tokenizer?);
-    if model.lora.is_none() {
-        let name = root.component("model")?.component_name();
-        return Err(root.fail(
-            "model",
-            format!("`{name}` has no adapters, so nothing would be trained"),
-            format!("take `lora_{name}`; full fine-tuning is not built yet"),
-        ));
-    }
     tokenizer.max_seq_len = max_seq_len?;
     let batch_size = root.get::<usize>("batch_size")?;
     let checkpoint = checkpoint?;
@@ -76,7 +68,10 @@ pub(super) fn build(
         None => tokenizer.max_seq_len.map_or(DEFAULT_TOKENS_PER_MICROBATCH, |length| length.saturating_mul(batch_size)),
     };
     let sizes = sizes?;
-    let loss = loss?;
+    let (loss, reference) = (loss?, reference?);
+    if model.lora.is_none() {
+        whole(&root, &checkpoint, &loss, reference.as_ref())?;
+    }
     let of_recipe = |key: &str| match key {
         "loss" => loss.of_recipe.is_some(),
         key => root.is_given(key),
@@ -93,7 +88,7 @@ pub(super) fn build(
         resolved_yaml: reader.config.to_yaml(),
         output_dir: output_dir?,
         model,
-        reference: reference?,
+        reference,
         teacher: teacher?,
         config: defaults::filled(&reader.config.root, TRAIN),
         for_recipe,
@@ -120,6 +115,23 @@ pub(super) fn build(
         compat_torchtune: root.get::<Option<String>>("compat")?.is_some(),
         limits: limits?,
     })
+}
+
+/// What a model without adapters cannot do.
+fn whole(root: &Section<'_>, checkpoint: &CheckpointPlan, loss: &LossPlan, reference: Option<&ModelPlan>) -> Found<()> {
+    let name = root.component("model")?.component_name();
+    if checkpoint.adapter_only {
+        let what =
+            format!("`save_adapter_weights_only: True`, and `{name}` has no adapter: all its weights are trained");
+        let hint = format!("set it to False, or take `lora_{name}`");
+        return Err(root.fail("save_adapter_weights_only", what, hint));
+    }
+    if let (Some(loss), None) = (&loss.of_recipe, reference) {
+        let what = format!("`{loss}` compares with a reference, which without adapters is a second model");
+        let hint = "add `ref_checkpointer: {_component_: FullModelHFCheckpointer, checkpoint_dir: FOLDER}`, with the folder of `checkpointer`";
+        return Err(root.fail("loss", what, hint));
+    }
+    Ok(())
 }
 
 /// v0.2.1 cut the samples of some data sets at a length of their own, where a config says nothing of one.

@@ -1,0 +1,96 @@
+//! What a run trains: the factors of an adapter, or every weight of the model. Where the numbers live, what they are called
+//! and what the checkpoint's tensors have become by them; the rest of training sees one vector.
+
+use std::collections::BTreeMap;
+
+use host::Result;
+use host::hf::ModelConfig;
+use tch::{Device, Kind, Tensor};
+
+use crate::adapter::LoraAdapter;
+use crate::flat::Flat;
+use crate::model::Weights;
+
+pub enum Trained {
+    Lora(LoraAdapter),
+    Whole(WholeModel),
+}
+
+impl Trained {
+    pub fn flat(&self) -> &Flat {
+        match self {
+            Self::Lora(adapter) => &adapter.flat,
+            Self::Whole(model) => &model.flat,
+        }
+    }
+
+    pub fn lora(&self) -> Option<&LoraAdapter> {
+        match self {
+            Self::Lora(adapter) => Some(adapter),
+            Self::Whole(_) => None,
+        }
+    }
+
+    /// Every parameter by name, in the order of the vector.
+    pub fn parameters(&self) -> Vec<(String, &Tensor)> {
+        match self {
+            Self::Lora(adapter) => adapter
+                .factors()
+                .flat_map(|(layer, a, b)| {
+                    [(format!("{layer}.lora_A.weight"), a), (format!("{layer}.lora_B.weight"), b)]
+                })
+                .collect(),
+            Self::Whole(model) => model.names.iter().map(|name| (name.clone(), &model.tensors[name])).collect(),
+        }
+    }
+
+    /// What the checkpoint's tensor `name` has become; `before` reads what it was.
+    pub fn now(&self, name: &str, before: impl FnOnce() -> Tensor) -> Tensor {
+        match self {
+            Self::Lora(adapter) => {
+                let weight = before();
+                adapter.merge(name.strip_suffix(".weight").unwrap_or(name), &weight).unwrap_or(weight)
+            }
+            Self::Whole(model) => model.tensor(name).map_or_else(before, Tensor::detach),
+        }
+    }
+}
+
+/// Every weight of a model, in the type that it computes in.
+pub struct WholeModel {
+    pub flat: Flat,
+    names: Vec<String>,
+    tensors: BTreeMap<String, Tensor>,
+    /// A checkpoint may hold a copy of an embedding that is the head as well.
+    is_tied: bool,
+}
+
+impl WholeModel {
+    pub fn new(weights: &Weights, config: &ModelConfig, kind: Kind, device: Device) -> Result<Self> {
+        let specs = config.tensors();
+        let size = specs.iter().map(|(_, shape)| shape.iter().product::<i64>()).sum();
+        let mut flat = Flat::new(size, kind, device);
+        let (mut names, mut tensors) = (vec![], BTreeMap::new());
+        for (name, shape) in specs {
+            tensors.insert(name.clone(), flat.leaf(&shape)?);
+            names.push(name);
+        }
+        let model = Self { flat, names, tensors, is_tied: config.tie_word_embeddings };
+        model.read(weights)?;
+        Ok(model)
+    }
+
+    /// Takes the numbers of a checkpoint, one tensor at a time.
+    pub fn read(&self, weights: &Weights) -> Result<()> {
+        for (name, tensor) in &self.tensors {
+            let read = weights.load(name, &tensor.size(), tensor.kind(), Device::Cpu)?;
+            tch::no_grad(|| tensor.shallow_clone().copy_(&read));
+        }
+        Ok(())
+    }
+
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        let name = if self.is_tied && name == "lm_head.weight" { "model.embed_tokens.weight" } else { name };
+        self.tensors.get(name)
+    }
+}
