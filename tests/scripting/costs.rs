@@ -72,7 +72,7 @@ fn crossings() {
     for (front, path) in [("Wasm", "templates/summarize.wasm"), ("Rhai", "templates/summarize.rhai")] {
         // What an assistant says stays as it is: it goes in and comes out again.
         let parts = vec!["a text of a list".to_owned(); 1000];
-        let messages = vec![Message { role: Role::Assistant, parts, train: None }];
+        let messages = vec![Message { parts, ..Message::of(Role::Assistant, "") }];
         let rows = vec![Row { id: 0, cells: vec![Cell::Messages(messages)] }; 200];
         let template = open_template(&guest(path), &GuestLimits::default()).unwrap().open().unwrap();
         println!(
