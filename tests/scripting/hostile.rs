@@ -51,10 +51,10 @@ reports! {
     "#;
     recurses: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1
-      --> tests/scripting/guests/hostile/src/lib.rs:116
+      --> tests/scripting/guests/hostile/src/lib.rs:143
     cause: it touched memory that it does not have; a recursion without end comes to this
-    cause: in `deeper` (tests/scripting/guests/hostile/src/lib.rs:116)
-    cause: in `deeper` (tests/scripting/guests/hostile/src/lib.rs:117)
+    cause: in `deeper` (tests/scripting/guests/hostile/src/lib.rs:143)
+    cause: in `deeper` (tests/scripting/guests/hostile/src/lib.rs:144)
     "#;
     hoards_handles: r#"
     error: recipe `target/guests/hostile.wasm` failed at step 1

@@ -424,3 +424,26 @@ fn the_digest_is_of_the_content() {
     assert_eq!(digest("templates/summarize.wasm"), digest("templates/summarize.wasm"));
     assert_ne!(digest("templates/summarize.wasm"), digest("templates/summarize.rhai"));
 }
+
+/// `map` is ours, and takes the functions that Rhai's takes.
+#[test]
+fn map_takes_an_element_its_number_too_or_this() {
+    let text = "fn twice(x) { x + x }
+        fn boom(x) { throw \"out of \" + x }
+        fn render(row) {
+            let list = [\"a\", \"b\"];
+            if row.output != () { list.map(boom) }
+            let made = list.map(|x| x + \"!\") + list.map(|x, i| `${x}${i}`) + list.map(|| this + \"?\") + list.map(twice);
+            [user(made + [].map(twice))]
+        }";
+    let Ok(Outcome::Keep(messages)) = script(text, &[Some("a"), None]) else { panic!("no messages") };
+    assert_eq!(messages[0].parts, ["a!", "b!", "a0", "b1", "a?", "b?", "aa", "bb"]);
+    insta::assert_snapshot!(script(text, &[Some("a"), Some("b")]).unwrap_err(), @"
+    error: template `[DIR]/t.rhai` failed on row 4
+      --> [DIR]/t.rhai:2:22
+    cause: the script threw out of a
+    cause: in `boom`, called at line 5
+    cause: in `map`, called at line 5
+    hint: the row's columns are input, output; `column_map` names them
+    ");
+}

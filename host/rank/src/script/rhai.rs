@@ -22,8 +22,8 @@ use host::worker::StopFlag;
 use host::{Error, Result};
 use rhai::module_resolvers::DummyModuleResolver;
 use rhai::{
-    AST, Array, Dynamic, Engine, EvalAltResult, FuncRegistration, ImmutableString, Map, Module, NativeCallContext,
-    OptimizationLevel, ParseError, ParseErrorType, Position, RhaiNativeFunc, Scope,
+    AST, Array, Dynamic, Engine, EvalAltResult, FnPtr, FuncRegistration, ImmutableString, Map, Module,
+    NativeCallContext, OptimizationLevel, ParseError, ParseErrorType, Position, RhaiNativeFunc, Scope,
 };
 use wasmtime::component::Resource;
 
@@ -360,19 +360,54 @@ fn add_packages(engine: &mut Engine) {
         BitFieldPackage::new().as_shared_module(),
         LogicPackage::new().as_shared_module(),
         BasicMathPackage::new().as_shared_module(),
-        BasicArrayPackage::new().as_shared_module(),
         BasicMapPackage::new().as_shared_module(),
     ];
+    // One module: every call of a script looks through all there are.
+    let mut all = (*BasicArrayPackage::new().as_shared_module()).clone();
     for package in packages {
-        engine.register_global_module(package);
+        all.combine_flatten((*package).clone());
     }
+    FuncRegistration::new("map").set_into_module(&mut all, map);
     // Rhai looks at the size of a result when it is there; a text in place of each letter of another is their product.
-    let mut strings = (*MoreStringPackage::new().as_shared_module()).clone();
-    FuncRegistration::new("replace").set_into_module(&mut strings, replace::<ImmutableString, ImmutableString>);
-    FuncRegistration::new("replace").set_into_module(&mut strings, replace::<ImmutableString, char>);
-    FuncRegistration::new("replace").set_into_module(&mut strings, replace::<char, ImmutableString>);
-    FuncRegistration::new("replace").set_into_module(&mut strings, replace::<char, char>);
-    engine.register_global_module(strings.into());
+    all.combine_flatten((*MoreStringPackage::new().as_shared_module()).clone());
+    FuncRegistration::new("replace").set_into_module(&mut all, replace::<ImmutableString, ImmutableString>);
+    FuncRegistration::new("replace").set_into_module(&mut all, replace::<ImmutableString, char>);
+    FuncRegistration::new("replace").set_into_module(&mut all, replace::<char, ImmutableString>);
+    FuncRegistration::new("replace").set_into_module(&mut all, replace::<char, char>);
+    engine.register_global_module(all.into());
+}
+
+/// Rhai's own tries every element on a function without parameters first, and writes an error each time.
+fn map(context: NativeCallContext, array: &mut Array, work: FnPtr) -> RhaiResult<Array> {
+    let mut mapped = Array::with_capacity(array.len());
+    let mut takes_one = true;
+    for (index, item) in array.iter_mut().enumerate() {
+        if takes_one {
+            match work.call_raw(&context, None, [item.clone()]) {
+                Err(error) if matches!(&*error, EvalAltResult::ErrorFunctionNotFound(name, _) if name.starts_with(work.fn_name())) => {
+                    takes_one = false
+                }
+                result => {
+                    mapped.push(result.map_err(|error| in_function("map", &context, error))?);
+                    continue;
+                }
+            }
+        }
+        mapped.push(work.call_raw_with_extra_args(
+            "map",
+            &context,
+            Some(item),
+            [],
+            [(index as i64).into()],
+            Some(0),
+        )?);
+    }
+    Ok(mapped)
+}
+
+fn in_function(name: &str, context: &NativeCallContext, error: Box<EvalAltResult>) -> Box<EvalAltResult> {
+    let source = context.call_source().unwrap_or_default().to_owned();
+    EvalAltResult::ErrorInFunctionCall(name.into(), source, error, Position::NONE).into()
 }
 
 fn replace<F: Display, T: Display>(

@@ -170,7 +170,7 @@ fn templates(root: &Path, peers: &Peers) -> Result<BTreeMap<String, f64>> {
     let mut speeds: BTreeMap<_, _> = ours.collect();
     let theirs = capture(peers.torchtune_script(root, "host/xtask/bench/template.py").arg(&rows))?;
     let theirs = theirs.lines().last().and_then(|line| line.trim().parse().ok());
-    let (Some(theirs), 2) = (theirs, speeds.len()) else {
+    let (Some(theirs), 3) = (theirs, speeds.len()) else {
         return Err(Failure::new("the templates' speeds were not printed").cause(printed.trim()));
     };
     speeds.insert("torchtune".to_owned(), theirs);
