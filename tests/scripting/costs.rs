@@ -155,6 +155,30 @@ fn rows_per_second(mut template: Box<dyn RowTemplate>, rows: &[Row]) -> f64 {
     rows.len() as f64 / best(once).as_secs_f64()
 }
 
+/// What it costs to look whether a template keeps something between rows: once in as many rows as are rendered here.
+#[test]
+#[ignore = "a measurement"]
+fn probes() {
+    const ROWS: usize = 1024;
+    let rows: Vec<Row> = template_rows_of(None).into_iter().take(ROWS).collect();
+    for path in ["templates/summarize.wasm", "templates/summarize.rhai"] {
+        for isolated in [false, true] {
+            let mut template = crate::isolate::opened(path, &GuestLimits::default(), isolated).unwrap();
+            let mut probe = || {
+                let started = Instant::now();
+                template.renew().unwrap();
+                template.configure(&[MESSAGES.into()]).unwrap();
+                template.render(rows[..1].to_vec()).unwrap();
+                started.elapsed()
+            };
+            let probe = (0..20).map(|_| probe()).min().unwrap().as_secs_f64();
+            let whole = ROWS as f64 / rows_per_second(template, &rows);
+            let [probe, whole] = [probe, whole].map(|seconds| seconds * 1e3);
+            println!("{path}, isolated {isolated}: {probe:.3} ms a probe, {whole:.2} ms {ROWS} rows");
+        }
+    }
+}
+
 /// What `isolate: true` costs beside the same template in the worker's own process.
 #[test]
 #[ignore = "a measurement"]

@@ -105,26 +105,26 @@ fn errors_are_the_same() {
     let odd = "target/guests/odd_template.wasm";
     insta::assert_snapshot!(both(odd, &["input"], &[row(7, "text"), row(8, "panics")]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on rows 7 to 8
-      --> tests/scripting/guests/odd_template/src/lib.rs:21
-    cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:21:25:
+      --> tests/scripting/guests/odd_template/src/lib.rs:25
+    cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:25:25:
     cause: row 8 is odd
     ");
     insta::assert_snapshot!(both(odd, &["input"], &[row(7, "loops")]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on row 7
-      --> tests/scripting/guests/odd_template/src/lib.rs:19
+      --> tests/scripting/guests/odd_template/src/lib.rs:23
     cause: the guest computed for more than 0.4 s without a turn of its loop
     hint: look for a loop that does not end; work on many numbers belongs into tensor operations
     ");
     insta::assert_snapshot!(both(odd, &["input"], &[row(7, "hoards")]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on row 7
-      --> tests/scripting/guests/odd_template/src/lib.rs:28
+      --> tests/scripting/guests/odd_template/src/lib.rs:32
     cause: the guest asked for 65 MiB of memory, and its limit is 64 MiB
     cause: memory allocation of 1048576 bytes failed
     hint: `limits.memory_mb` raises the limit
     ");
     insta::assert_snapshot!(both(odd, &["refused"], &[]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on the columns refused
-      --> tests/scripting/guests/odd_template/src/lib.rs:11
+      --> tests/scripting/guests/odd_template/src/lib.rs:14
     cause: column `refused` is refused
     hint: rename it
     ");

@@ -15,6 +15,7 @@ mod operations;
 mod properties;
 mod recipes;
 mod rhai_limits;
+mod state;
 mod support;
 mod surface;
 mod templates;

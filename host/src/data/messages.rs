@@ -4,6 +4,9 @@
 //! turns. The data set's own template comes first; it, or the tokenizer section's where it has none, may work on columns.
 //! A template that follows another gets the conversation. `new_system_prompt` takes the place of every system message: in
 //! the conversation, and in what a template made of columns, which never saw it.
+//!
+//! What a row becomes must not depend on the rows before it: what is cached and packed would else depend on the number of
+//! cores. So now and then a row is rendered once more, alone, by a template that has seen none.
 
 use serde_json::{Map, Value};
 
@@ -11,7 +14,9 @@ use crate::config::plan::{ChatStyle, DatasetPlan, RowsPlan};
 use crate::data::calls::Call;
 use crate::data::source::SourceCell;
 use crate::data::template::{Cell, MESSAGES, Message, Outcome, Role, Row, RowTemplate, SharedTemplate, Templates};
-use crate::error::{Error, Result};
+use crate::data::tokenize::BATCH_ROWS;
+use crate::error::{Error, Result, quoted};
+use crate::tokenizer::unmarked;
 
 /// Makes messages of rows, in batches. One value per data worker thread. Rows of preferences are made conversations one by
 /// one, and put together again.
@@ -22,8 +27,13 @@ pub struct Conversations<'p> {
     templates: Vec<Stage>,
 }
 
+/// Of as many rows, one is rendered twice, the last of a batch.
+const PROBED_ROWS: u64 = 1024;
+
 struct Stage {
     template: Box<dyn RowTemplate>,
+    name: String,
+    offered: Vec<String>,
     /// The columns it asked for.
     columns: Vec<String>,
     /// Each message becomes one part before it goes on.
@@ -43,7 +53,7 @@ impl Stage {
                 error.hint("`column_map` gives columns of the data the names that a template knows")
             });
         }
-        Ok(Self { template, columns, joined })
+        Ok(Self { template, name: shared.name(), offered: offered.to_vec(), columns, joined })
     }
 
     fn reads_messages(&self) -> bool {
@@ -55,10 +65,17 @@ impl Stage {
         if needed == 0 {
             return Ok(vec![]);
         }
+        let probed = match &rows[..] {
+            [first, .., last] if first.id % PROBED_ROWS < BATCH_ROWS as u64 => Some(last.clone()),
+            _ => None,
+        };
         let mut outcomes = self.template.render(rows)?;
         if outcomes.len() != needed {
-            let got = outcomes.len();
-            return Err(Error::run(format!("the template gave {got} results for {needed} rows; one each is needed")));
+            let (got, name) = (outcomes.len(), &self.name);
+            return Err(Error::run(format!("the template `{name}` gave {got} results for {needed} rows")));
+        }
+        if let (Some(row), Some(outcome)) = (probed, outcomes.last()) {
+            self.probe(row, outcome)?;
         }
         if self.joined {
             for outcome in &mut outcomes {
@@ -70,6 +87,37 @@ impl Stage {
         }
         Ok(outcomes)
     }
+
+    /// Renders a row anew, which became `outcome` after others.
+    fn probe(&mut self, row: Row, outcome: &Outcome) -> Result<()> {
+        let id = row.id;
+        let keeps_state = |after: String, alone: String| {
+            let what = format!("the template `{}` keeps something between rows", self.name);
+            Error::run(what).cause(format!("after other rows {after}")).cause(format!("alone {alone}")).hint(
+                "what a row becomes may depend on that row alone: rows are spread over cores, and their tokens are cached",
+            )
+        };
+        self.template.renew()?;
+        let columns = self.template.configure(&self.offered)?;
+        if columns != self.columns {
+            let wants = |columns: &[String]| format!("it wants the columns {}", quoted(columns));
+            return Err(keeps_state(wants(&self.columns), wants(&columns)));
+        }
+        let again = self.template.render(vec![row])?;
+        if again.first() == Some(outcome) {
+            return Ok(());
+        }
+        let [after, alone] = [Some(outcome), again.first()].map(shown);
+        let same = after.chars().zip(alone.chars()).take_while(|(a, b)| a == b).count();
+        let from_there = |text: &str| text.chars().skip(same.saturating_sub(20)).take(60).collect::<String>();
+        let becomes = |text: &str| format!("row {id} becomes … {} …", from_there(text));
+        Err(keeps_state(becomes(&after), becomes(&alone)))
+    }
+}
+
+/// What became of a row, in one line.
+fn shown(outcome: Option<&Outcome>) -> String {
+    unmarked(&serde_json::to_string(&outcome).unwrap_or_default())
 }
 
 impl<'p> Conversations<'p> {

@@ -87,6 +87,8 @@ pub trait RowTemplate {
     fn configure(&mut self, columns: &[String]) -> Result<Vec<String>>;
     /// One outcome per row, in order. An error is the template's own failure, not a bad row.
     fn render(&mut self, rows: Vec<Row>) -> Result<Vec<Outcome>>;
+    /// Forgets whatever it knows of earlier rows, as if it had just been opened.
+    fn renew(&mut self) -> Result<()>;
 }
 
 /// Opens a template once per worker thread.

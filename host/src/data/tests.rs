@@ -65,6 +65,10 @@ impl RowTemplate for Summarize {
     fn render(&mut self, rows: Vec<Row>) -> Result<Vec<Outcome>> {
         Ok(rows.iter().map(summarize).collect())
     }
+
+    fn renew(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 fn summarize(row: &Row) -> Outcome {
@@ -855,6 +859,9 @@ fn templates_follow_each_other() {
                 Outcome::Keep(messages)
             };
             Ok(rows.into_iter().map(render).map(wrapped).collect())
+        }
+        fn renew(&mut self) -> Result<()> {
+            Ok(())
         }
     }
     let messages = |own: Option<&'static [&'static str]>, prompt: Option<&'static [&'static str]>, joined: bool| {

@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::tokenizer::{Tokenizer, unmarked};
 
 /// Rows that go through a template in one call.
-const BATCH_ROWS: usize = 256;
+pub const BATCH_ROWS: usize = 256;
 
 /// Data sets, the rows of one after those of the other, each with its templates.
 pub fn prepare(

@@ -293,6 +293,7 @@ fn check_imports(path: &Path, surface: &Surface, world: World) -> Result<()> {
 }
 
 /// Who is to be named when a guest fails.
+#[derive(Clone)]
 pub struct Blame {
     pub world: World,
     pub path: PathBuf,

@@ -86,6 +86,7 @@ pub(super) fn rows_place(rows: &[Row]) -> Option<String> {
 
 // ---- Components
 
+#[derive(Clone)]
 struct ComponentTemplate {
     digest: String,
     blame: Blame,
@@ -103,19 +104,25 @@ fn load_component(path: &Path, bytes: &[u8], limits: &GuestLimits) -> Result<wit
     linker.instantiate_pre(&component).and_then(wit::TemplatePre::new).map_err(|error| wasm::link_error(path, error))
 }
 
+impl ComponentTemplate {
+    fn instance(&self, state: HostState) -> Result<(Store<GuestData>, wit::Template)> {
+        let mut store = wasm::new_store(state, &self.limits)?;
+        match self.pre.instantiate(&mut store) {
+            Ok(template) => Ok((store, template)),
+            Err(error) => Err(wasm::explain(&self.blame, store.data_mut(), &error)),
+        }
+    }
+
+    fn state(&self) -> HostState {
+        HostState::new(&self.name(), &self.limits, StopFlag::default(), None)
+    }
+}
+
 impl OpenTemplate for ComponentTemplate {
     fn open(&self) -> Result<Box<dyn RowTemplate>> {
-        let name = self.blame.path.display().to_string();
-        let state = HostState::new(&name, &self.limits, StopFlag::default(), None);
-        let mut store = wasm::new_store(state, &self.limits)?;
+        let (store, template) = self.instance(self.state())?;
         let blame = Blame::template(&self.blame.path);
-        match self.pre.instantiate(&mut store) {
-            Ok(template) => {
-                let settings = self.settings.clone();
-                Ok(Box::new(ComponentRows { store, template, settings, blame, failure: None }))
-            }
-            Err(error) => Err(wasm::explain(&blame, store.data_mut(), &error)),
-        }
+        Ok(Box::new(ComponentRows { of: self.clone(), store, template, blame, failure: None }))
     }
 
     fn digest(&self) -> String {
@@ -128,9 +135,9 @@ impl OpenTemplate for ComponentTemplate {
 }
 
 struct ComponentRows {
+    of: ComponentTemplate,
     store: Store<GuestData>,
     template: wit::Template,
-    settings: Settings,
     blame: Blame,
     /// The first error; the store is of no use after it.
     failure: Option<Error>,
@@ -162,10 +169,20 @@ impl ComponentRows {
 }
 
 impl RowTemplate for ComponentRows {
+    fn renew(&mut self) -> Result<()> {
+        self.guarded(|this| {
+            let mut state = this.of.state();
+            // Its lines stay counted.
+            state.log = this.store.data_mut().host.log.clone();
+            (this.store, this.template) = this.of.instance(state)?;
+            Ok(())
+        })
+    }
+
     fn configure(&mut self, columns: &[String]) -> Result<Vec<String>> {
         self.guarded(|this| {
             this.blame.place = Some(format!("on the columns {}", columns.join(", ")));
-            let (rows, settings) = (this.template.host_sdk_rows(), this.settings.for_component());
+            let (rows, settings) = (this.template.host_sdk_rows(), this.of.settings.for_component());
             let outcome = rows.call_configure(&mut this.store, settings, columns);
             wasm::ended(&this.blame, &mut this.store, outcome)
         })
@@ -554,6 +571,11 @@ impl From<Message> for ScriptMessage {
 }
 
 impl RowTemplate for ScriptRows {
+    fn renew(&mut self) -> Result<()> {
+        // Every call evaluates the script anew, in a scope of its own: there is nothing to forget.
+        Ok(())
+    }
+
     fn configure(&mut self, columns: &[String]) -> Result<Vec<String>> {
         // Without a word of its own it sees the config's columns; where there are none, the conversation.
         let named = columns.iter().filter(|column| *column != MESSAGES).cloned();

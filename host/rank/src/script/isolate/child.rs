@@ -45,6 +45,7 @@ fn talk() -> io::Result<()> {
     while let Some(request) = next()? {
         let outcome = match request {
             Request::Configure(columns) => template.configure(&columns).map(Answer::Columns),
+            Request::Renew => template.renew().map(|()| Answer::Renewed),
             Request::Render(rows) => template.render(rows).map(Answer::Outcomes),
             Request::Open(_) => Err(Error::bug("a template was opened twice")),
         };

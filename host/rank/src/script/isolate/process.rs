@@ -127,6 +127,13 @@ impl Process {
 }
 
 impl RowTemplate for Process {
+    fn renew(&mut self) -> Result<()> {
+        match self.ask(&Request::Renew)? {
+            Answer::Renewed => Ok(()),
+            _ => Err(self.misspoken()),
+        }
+    }
+
     fn configure(&mut self, columns: &[String]) -> Result<Vec<String>> {
         self.blame.place = Some(format!("on the columns {}", columns.join(", ")));
         match self.ask(&Request::Configure(columns.to_vec()))? {

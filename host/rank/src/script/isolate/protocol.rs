@@ -14,6 +14,7 @@ pub enum Request {
     Open(Opening),
     Configure(Vec<String>),
     Render(Vec<Row>),
+    Renew,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -35,6 +36,7 @@ pub enum Answer {
     },
     Columns(Vec<String>),
     Outcomes(Vec<Outcome>),
+    Renewed,
     Failed(Error),
 }
 

@@ -5,6 +5,8 @@ use host_sdk::prelude::*;
 #[derive(Default)]
 struct Odd {
     before: String,
+    /// Rows so far, which no template should count.
+    seen: u64,
 }
 
 impl Template for Odd {
@@ -17,6 +19,7 @@ impl Template for Odd {
     }
 
     fn render(&mut self, row: Row) -> Result<Vec<Message>, RowError> {
+        self.seen += 1;
         match row.get("input").unwrap_or("none") {
             "loops" => loop {
                 std::hint::black_box(row.id());
@@ -35,6 +38,7 @@ impl Template for Odd {
                 let call = r#"{"name": "f", "arguments": {"x": 1}}"#;
                 Ok(vec![Message::user(["u"]), Message::assistant(["a"]).call(call).call(call)])
             }
+            "counts" => Ok(vec![Message::user([format!("row {}", self.seen)]), Message::assistant(["a"])]),
             text => Ok(vec![Message::user([text]).wrap(&self.before, "")]),
         }
     }
