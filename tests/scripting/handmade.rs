@@ -156,30 +156,42 @@ fn what_is_handed_over() {
     ");
     assert_snapshot!(logs(0, 4_000_000_000), @"
     error: recipe `[DIR]/r.wasm` failed before the first step
+    cause: what it hands over does not read as the SDK's types
     cause: string pointer/length out of bounds of memory
+    hint: make it with the SDK, or with tools that read `sdk/wit`
     ");
     assert_snapshot!(logs(-1, 1), @"
     error: recipe `[DIR]/r.wasm` failed before the first step
+    cause: what it hands over does not read as the SDK's types
     cause: string pointer/length out of bounds of memory
+    hint: make it with the SDK, or with tools that read `sdk/wit`
     ");
     assert_snapshot!(logs(0, 1), @"
     error: recipe `[DIR]/r.wasm` failed before the first step
+    cause: what it hands over does not read as the SDK's types
     cause: invalid utf-8 sequence of 1 bytes from index 0
+    hint: make it with the SDK, or with tools that read `sdk/wit`
     ");
     // Where its result lies.
     let gives = |place: &str| report(&recipe(&format!(r#"(func (export "main") (result i32) (i32.const {place}))"#)));
     assert_snapshot!(gives("-4"), @"
     error: recipe `[DIR]/r.wasm` failed before the first step
+    cause: what it hands over does not read as the SDK's types
     cause: pointer out of bounds of memory
+    hint: make it with the SDK, or with tools that read `sdk/wit`
     ");
     assert_snapshot!(gives("1"), @"
     error: recipe `[DIR]/r.wasm` failed before the first step
+    cause: what it hands over does not read as the SDK's types
     cause: return pointer not aligned
+    hint: make it with the SDK, or with tools that read `sdk/wit`
     ");
     let wrong = r#"(func (export "main") (result i32) (i32.store8 (i32.const 0) (i32.const 7)) (i32.const 0))"#;
     assert_snapshot!(report(&recipe(wrong)), @"
     error: recipe `[DIR]/r.wasm` failed before the first step
+    cause: what it hands over does not read as the SDK's types
     cause: invalid expected discriminant
+    hint: make it with the SDK, or with tools that read `sdk/wit`
     ");
 }
 

@@ -134,6 +134,96 @@ fn what_is_no_loss() {
     ");
 }
 
+/// A component that means harm, and a script that does.
+#[test]
+fn losses_that_mean_harm() {
+    let of = |what: &str| {
+        let guest = with("target/guests/odd_loss.wasm", json!({ "what": what }));
+        let (scores, labels) = batch();
+        let outcome = open_loss(&guest, &tight())
+            .and_then(|mut loss| loss.compute(&scores, &labels).and_then(|_| loss.compute(&scores, &labels)));
+        outcome.err().map_or("no error".into(), |error| error.to_string())
+    };
+    assert_eq!(of("nothing"), "no error");
+    assert_snapshot!(of("loops"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+      --> tests/scripting/guests/odd_loss/src/lib.rs
+    cause: the guest computed for more than 0.4 s without a turn of its loop
+    hint: look for a loop that does not end; work on many numbers belongs into tensor operations
+    ");
+    assert_snapshot!(of("loops_in_configure"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+      --> tests/scripting/guests/odd_loss/src/lib.rs
+    cause: the guest computed for more than 0.4 s without a turn of its loop
+    hint: look for a loop that does not end; work on many numbers belongs into tensor operations
+    ");
+    assert_snapshot!(of("traps_in_configure"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+      --> tests/scripting/guests/odd_loss/src/lib.rs:26
+    cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_loss/src/lib.rs:26:37:
+    cause: it will not be configured�[31m
+    ");
+    assert_snapshot!(of("weighs_nan"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+    cause: the weight of a loss must be a finite number, not below 0, and is NaN
+    hint: give what the sum is summed over: the number of labels for a loss over label tokens
+    ");
+    assert_snapshot!(of("weighs_infinity"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+    cause: the weight of a loss must be a finite number, not below 0, and is inf
+    hint: give what the sum is summed over: the number of labels for a loss over label tokens
+    ");
+    assert_snapshot!(of("weighs_less_than_nothing"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+    cause: the weight of a loss must be a finite number, not below 0, and is -1
+    hint: give what the sum is summed over: the number of labels for a loss over label tokens
+    ");
+    assert_snapshot!(of("gives_a_row"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+    cause: the sum of a loss is a tensor of one element, not one of shape [7]
+    hint: call `.sum()` on it
+    ");
+    assert_snapshot!(of("gives_integers"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+    cause: the sum has no gradient: nothing of the scores went into it
+    hint: build it from `logits`, without `detach`
+    ");
+    assert_snapshot!(of("gives_its_argument"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+    cause: the sum of a loss is a tensor of one element, not one of shape [5, 7]
+    hint: call `.sum()` on it
+    ");
+    assert_snapshot!(of("keeps_a_tensor"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+      --> tests/scripting/guests/odd_loss/src/lib.rs:50
+    cause: this tensor of shape [] went with its step, which is finished
+    hint: read what is needed later as a number, with `item()`, before `step.finish()`
+    ");
+    assert_snapshot!(of("hoards"), @"
+    error: loss `target/guests/odd_loss.wasm` failed
+      --> tests/scripting/guests/odd_loss/src/lib.rs:56
+    cause: the guest asked for 65 MiB of memory, and its limit is 64 MiB
+    cause: memory allocation of 1048576 bytes failed
+    hint: `limits.memory_mb` raises the limit
+    ");
+    let nan = "fn loss(logits, labels) { #{ sum: logits.sum(), weight: 0.0 / 0.0 } }";
+    assert_snapshot!(failure(nan, json!({})), @"
+    error: loss `[DIR]/loss.rhai` failed
+    cause: the weight of a loss must be a finite number, not below 0, and is NaN
+    hint: give what the sum is summed over: the number of labels for a loss over label tokens
+    ");
+    assert_snapshot!(failure("fn loss(logits, labels) { throw \"no\" }", json!({})), @"
+    error: loss `[DIR]/loss.rhai` failed
+      --> [DIR]/loss.rhai:1:27
+    cause: the script threw no
+    ");
+    assert_snapshot!(failure("fn loss(logits, labels) { #{ sum: labels.sum(), weight: 1 } }", json!({})), @"
+    error: loss `[DIR]/loss.rhai` failed
+    cause: the sum has no gradient: nothing of the scores went into it
+    hint: build it from `logits`, without `detach`
+    ");
+}
+
 #[test]
 fn guests_of_other_worlds() {
     let open = |path: &str| open_loss(&guest(path), &GuestLimits::default()).err().unwrap().to_string();

@@ -6,6 +6,7 @@ mod corpus;
 mod costs;
 mod files;
 mod handmade;
+mod handmade_templates;
 mod hostile;
 mod isolate;
 mod languages;

@@ -391,6 +391,12 @@ pub fn explain(blame: &Blame, guest: &mut GuestData, trap: &wasmtime::Error) -> 
                  failure",
             );
         }
+        let engines = trap.root_cause().to_string();
+        if is_misshapen(&engines) {
+            error = error
+                .cause("what it hands over does not read as the SDK's types")
+                .hint("make it with the SDK, or with tools that read `sdk/wit`");
+        }
         error.causes.extend(match (trap.downcast_ref::<I32Exit>(), trap.downcast_ref::<Trap>()) {
             (Some(I32Exit(code)), _) => Some(format!("the guest called `exit({code})`")),
             // How a panic ends; its text says more.
@@ -402,9 +408,9 @@ pub fn explain(blame: &Blame, guest: &mut GuestData, trap: &wasmtime::Error) -> 
             }
             (_, Some(Trap::StackOverflow)) => Some("its calls went too deep for the stack".into()),
             (_, Some(trap)) => Some(trap.to_string()),
-            _ => Some(trap.root_cause().to_string()),
+            _ => Some(engines.clone()),
         });
-        error.hints.extend(raised_by(&trap.root_cause().to_string()));
+        error.hints.extend(raised_by(&engines));
     }
     add_frames(error, trap)
 }
@@ -420,6 +426,11 @@ fn raised_by(cause: &str) -> Option<String> {
     ];
     let (_, key) = WORDS.iter().find(|(words, _)| cause.contains(words))?;
     Some(format!("`limits.{key}` raises the limit"))
+}
+
+/// Whether bytes of the guest could not be read as a value, by the engine's words.
+fn is_misshapen(cause: &str) -> bool {
+    ["discriminant", "out of bounds of memory", "not aligned", "utf-8"].iter().any(|words| cause.contains(words))
 }
 
 /// A function of the guest, and where its source says it is: file and line.
