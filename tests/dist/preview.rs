@@ -91,3 +91,45 @@ fn its_json_is_what_is_trained_on() {
         (Some(labels as f64), Some(tokens as f64))
     );
 }
+
+/// The same two sections of a config make torchtune's tokens and labels of preferences (`tests/fixtures/preferences`): in
+/// conversations and in columns, with a template and with texts around each role's messages.
+#[test]
+fn preferences_are_the_tokens_torchtune_makes() {
+    let fixtures = crate::case::root().join("tests/fixtures");
+    let case = Case::new();
+    let text = std::fs::read_to_string(fixtures.join("preferences/expected.json")).unwrap();
+    let expected: Vec<Value> = serde_json::from_str(&text).unwrap();
+    assert_eq!(expected.len(), 10);
+    for expected in expected {
+        let section = |name: &str, folder: &str, files: &[&str]| {
+            let mut section = expected[name].clone();
+            for (key, value) in section.as_object_mut().unwrap() {
+                if files.contains(&key.as_str()) {
+                    *value = fixtures.join(folder).join(value.as_str().unwrap()).display().to_string().into();
+                }
+            }
+            format!("{name}={section}")
+        };
+        let tokenizer = section("tokenizer", "tokenizers", &["path", "merges_file", "special_tokens_path"]);
+        let dataset = section("dataset", "preferences", &["data_files"]);
+        let shown = preview(&case, &["--json", "--rows", "10", "~dataset_val", &tokenizer, &dataset]);
+        assert_eq!(shown.code, 0, "{}", shown.stderr);
+        let samples = expected["samples"].as_array().unwrap();
+        assert_eq!(shown.stdout.lines().count(), samples.len());
+        for (line, sample) in shown.stdout.lines().zip(samples) {
+            let made: Value = serde_json::from_str(line).unwrap();
+            let (mut tokens, mut trained) = (vec![], vec![]);
+            for span in made["spans"].as_array().unwrap() {
+                tokens.extend(serde_json::from_value::<Vec<u32>>(span["tokens"].clone()).unwrap());
+                trained.resize(tokens.len(), span["trained"].as_bool().unwrap());
+            }
+            let runs: Vec<(usize, usize)> = serde_json::from_value(sample["trained"].clone()).unwrap();
+            // No token comes before the first, so that nothing learns it; torchtune drops its label later.
+            let is_trained = |at: usize| at > 0 && runs.iter().any(|&(start, end)| (start..end).contains(&at));
+            assert_eq!(made["side"], sample["side"]);
+            assert_eq!(Value::from(tokens.clone()), sample["tokens"], "{tokenizer} {dataset} {line}");
+            assert_eq!(trained, (0..tokens.len()).map(is_trained).collect::<Vec<_>>(), "{tokenizer} {dataset} {line}");
+        }
+    }
+}
