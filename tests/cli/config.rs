@@ -217,7 +217,7 @@ fn missing_sections() {
 
     error: the key `model` is missing
       --> c.yaml:1:1
-    hint: `model: {_component_: lora_llama}`: what to train
+    hint: `model: {_component_: lora_llama}`: what to train: the adapters of a `lora_` model, all weights of another
 
     error: the key `checkpointer` is missing
       --> c.yaml:1:1

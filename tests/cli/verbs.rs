@@ -285,10 +285,43 @@ fn ls_lists_what_is_there() {
                                             qwen3/14B_lora_single_device
                                             qwen3/32B_lora
                                             smollm2/135M_lora_summarize
+    full_finetune_distributed               llama2/7B_full
+                                            llama3/8B_full
+                                            llama3_1/8B_full
+                                            llama3_1/8B_full_single_device
+                                            llama3_2/1B_full
+                                            llama3_2/1B_full_single_device
+                                            llama3_2/3B_full
+                                            llama3_2/3B_full_single_device
+                                            mistral/7B_full
+                                            qwen2/0.5B_full
+                                            qwen2/0.5B_full_single_device
+                                            qwen2/1.5B_full
+                                            qwen2/1.5B_full_single_device
+                                            qwen2/7B_full
+                                            qwen2/7B_full_single_device
+                                            qwen2_5/0.5B_full
+                                            qwen2_5/0.5B_full_single_device
+                                            qwen2_5/1.5B_full
+                                            qwen2_5/1.5B_full_single_device
+                                            qwen2_5/3B_full
+                                            qwen2_5/3B_full_single_device
+                                            qwen2_5/7B_full
+                                            qwen2_5/7B_full_single_device
+                                            qwen3/0.6B_full
+                                            qwen3/0.6B_full_single_device
+                                            qwen3/1.7B_full
+                                            qwen3/1.7B_full_single_device
+                                            qwen3/4B_full
+                                            qwen3/4B_full_single_device
+                                            qwen3/8B_full
+                                            qwen3/8B_full_single_device
+                                            smollm2/135M_full_summarize
     lora_dpo_distributed                    llama2/7B_lora_dpo
                                             llama2/7B_lora_dpo_single_device
                                             llama3_1/8B_lora_dpo
                                             llama3_1/8B_lora_dpo_single_device
+    full_dpo_distributed                    llama3_1/8B_full_dpo
     knowledge_distillation_distributed      llama3_2/8B_to_1B_KD_lora_distributed
                                             llama3_2/8B_to_1B_KD_lora_single_device
                                             qwen2/1.5_to_0.5B_KD_lora_distributed
@@ -298,7 +331,9 @@ fn ls_lists_what_is_there() {
                                             smollm2/135M_generate
 
     NAME                                    ABOUT
+    full_finetune_distributed (recipe)      Full fine-tuning, on any number of ranks: all weights of the model are trained
     lora_dpo_distributed (recipe)           Direct preference optimisation (DPO), on any number of ranks: the better of two answers becomes more likely
+    full_dpo_distributed (recipe)           DPO of all weights, on any number of ranks; the reference is a second, frozen model
     knowledge_distillation_distributed (recipe) Knowledge distillation, on any number of ranks: the model learns its data and, token by token, what a larger one would say
     generate (recipe)                       writes a continuation of one prompt
     alpaca (template)                       An instruction, perhaps with an input, and its answer, in Alpaca's words (torchtune's `AlpacaInstructTemplate`)
@@ -309,22 +344,17 @@ fn ls_lists_what_is_there() {
     mistral_chat (template)                 Mistral's chat, as torchtune's `MistralChatTemplate` writes it: `[INST]` around what the user says
 
     NOT YET                                 CONFIG                                  ROAD
-    full_finetune_single_device             llama2/7B_full_low_memory               methods: full fine-tuning
+    full_finetune_single_device             llama2/7B_full_low_memory               breadth: optimizers that page or keep 8 bits
                                             code_llama2/7B_full_low_memory
                                             llama3/8B_full_single_device
-                                            llama3_1/8B_full_single_device
                                             mistral/7B_full_low_memory
-                                            phi3/mini_full_low_memory
-    full_finetune_distributed               llama2/7B_full                          methods: full fine-tuning
-                                            llama2/13B_full
-                                            llama3/8B_full
-                                            llama3_1/8B_full
+                                            phi3/mini_full_low_memory               breadth: the Phi family
+    full_finetune_distributed               llama2/13B_full                         distribution: sharded models
                                             llama3/70B_full
                                             llama3_1/70B_full
-                                            mistral/7B_full
-                                            gemma/2B_full
+                                            gemma/2B_full                           breadth: the Gemma family
                                             gemma/7B_full
-                                            phi3/mini_full
+                                            phi3/mini_full                          breadth: the Phi family
     lora_finetune_single_device             llama2/7B_qlora_single_device           breadth: a 4-bit base (QLoRA)
                                             code_llama2/7B_qlora_single_device
                                             llama3/8B_qlora_single_device
@@ -343,7 +373,6 @@ fn ls_lists_what_is_there() {
                                             llama3_1/405B_qlora                     breadth: a 4-bit base (QLoRA)
     lora_finetune_fsdp2                     llama2/7B_qlora                         breadth: a 4-bit base (QLoRA)
                                             llama2/70B_qlora
-    full_dpo_distributed                    llama3_1/8B_full_dpo                    methods: full fine-tuning
     ppo_full_finetune_single_device         mistral/7B_full_ppo_low_memory          breadth: training by rewards
     dev/grpo_full_finetune_distributed      dev/3B_full_grpo                        breadth: training by rewards
     dev/async_grpo_full_finetune_distributed dev/qwen3B_async_grpo                   breadth: training by rewards
@@ -351,7 +380,7 @@ fn ls_lists_what_is_there() {
     qat_distributed                         llama2/7B_qat_full                      breadth: quantisation-aware training
                                             llama3/8B_qat_full
     qat_lora_finetune_distributed           llama3/8B_qat_lora                      breadth: quantisation-aware training
-    dev/early_exit_finetune_distributed     llama2/7B_full_early_exit               methods: full fine-tuning
+    dev/early_exit_finetune_distributed     llama2/7B_full_early_exit               breadth: early exit
     dev/lora_finetune_distributed_multi_dataset dev/11B_lora_multi_dataset              breadth: images
     dev/generate_v2                         llama3_2_vision/11B_generation_v2       breadth: images
     dev/generate_v2_distributed             llama3/70B_generation_distributed       distribution: sharded models
@@ -783,15 +812,15 @@ fn cat_prints_what_is_read() {
 #[test]
 fn what_is_not_there_yet_says_so() {
     let case = Case::new();
-    assert_snapshot!(case.host(&["run", "full_finetune_distributed", "--config", "llama3_1/8B_full"]), @"
+    assert_snapshot!(case.host(&["run", "qat_distributed", "--config", "llama2/13B_full"]), @"
     exit 2
     --- stderr
-    error: the recipe `full_finetune_distributed` of torchtune is not there yet
-    cause: on the road: methods: full fine-tuning
+    error: the recipe `qat_distributed` of torchtune is not there yet
+    cause: on the road: breadth: quantisation-aware training
     hint: `host ls` lists what is there
 
-    error: the config `llama3_1/8B_full` of torchtune is not there yet
-    cause: on the road: methods: full fine-tuning
+    error: the config `llama2/13B_full` of torchtune is not there yet
+    cause: on the road: distribution: sharded models
     hint: `host ls` lists what is there
     ");
     assert_snapshot!(case.host(&["cp", "llama2/7B_qlora_single_device", "my.yaml"]), @"
@@ -815,11 +844,53 @@ fn what_is_not_there_yet_says_so() {
     cause: on the road: breadth: evaluation
     hint: `host ls` lists what is there
     ");
-    assert_snapshot!(case.host(&["ls", "full_dpo_distributed"]), @"
+    assert_snapshot!(case.host(&["ls", "full_finetune_distributed"]), @"
     exit 0
     --- stdout
+    RECIPE                                  CONFIG
+    full_finetune_distributed               llama2/7B_full
+                                            llama3/8B_full
+                                            llama3_1/8B_full
+                                            llama3_1/8B_full_single_device
+                                            llama3_2/1B_full
+                                            llama3_2/1B_full_single_device
+                                            llama3_2/3B_full
+                                            llama3_2/3B_full_single_device
+                                            mistral/7B_full
+                                            qwen2/0.5B_full
+                                            qwen2/0.5B_full_single_device
+                                            qwen2/1.5B_full
+                                            qwen2/1.5B_full_single_device
+                                            qwen2/7B_full
+                                            qwen2/7B_full_single_device
+                                            qwen2_5/0.5B_full
+                                            qwen2_5/0.5B_full_single_device
+                                            qwen2_5/1.5B_full
+                                            qwen2_5/1.5B_full_single_device
+                                            qwen2_5/3B_full
+                                            qwen2_5/3B_full_single_device
+                                            qwen2_5/7B_full
+                                            qwen2_5/7B_full_single_device
+                                            qwen3/0.6B_full
+                                            qwen3/0.6B_full_single_device
+                                            qwen3/1.7B_full
+                                            qwen3/1.7B_full_single_device
+                                            qwen3/4B_full
+                                            qwen3/4B_full_single_device
+                                            qwen3/8B_full
+                                            qwen3/8B_full_single_device
+                                            smollm2/135M_full_summarize
+
+    NAME                                    ABOUT
+    full_finetune_distributed (recipe)      Full fine-tuning, on any number of ranks: all weights of the model are trained
+
     NOT YET                                 CONFIG                                  ROAD
-    full_dpo_distributed                    llama3_1/8B_full_dpo                    methods: full fine-tuning
+    full_finetune_distributed               llama2/13B_full                         distribution: sharded models
+                                            llama3/70B_full
+                                            llama3_1/70B_full
+                                            gemma/2B_full                           breadth: the Gemma family
+                                            gemma/7B_full
+                                            phi3/mini_full                          breadth: the Phi family
     ");
 }
 

@@ -63,6 +63,23 @@ fn preferences_are_learnt_the_same_by_script_and_component() {
     }
 }
 
+/// Full DPO by torchtune's name: script and component, 1 and 2 ranks, and the reference is the model before training.
+#[test]
+fn preferences_are_learnt_by_all_weights() {
+    let case = with_pairs();
+    let whole = ["model=llama", "ref_checkpointer={_component_: FullModelHFCheckpointer, checkpoint_dir: model}"];
+    let more = [DPO, &whole, &["optimizer.lr=1e-4"]].concat();
+    let one = case.losses("full_dpo_distributed", "one", &more);
+    assert_eq!(case.losses(RHAI, "rhai", &more), one);
+    let two = case.losses(
+        "full_dpo_distributed",
+        "two",
+        &[&["--nproc", "2", "gradient_accumulation_steps=2"], &more[..]].concat(),
+    );
+    assert!(one.iter().zip(&two).all(|(one, two)| (one - two).abs() < 1e-5), "{one:?} {two:?}");
+    assert!((one[0] - 2f64.ln()).abs() < 1e-6 && *one.last().unwrap() < 0.3, "{one:?}");
+}
+
 /// A prompt and two answers are the same pairs as two conversations; a template may make them; a checkpoint may be the reference.
 #[test]
 fn pairs_come_in_many_ways() {
@@ -148,6 +165,39 @@ fn methods_that_do_not_fit() {
       --> scripts/recipes/knowledge_distillation_distributed.rhai:5:19
     cause: the config names no model to learn from
     hint: give `teacher_model` and `teacher_checkpointer`
+    ");
+    // A loss of the recipe's own, which the config says nothing of.
+    case.write("own.rhai", "let reference = host::open().reference();");
+    assert_snapshot!(fails("own.rhai", &["model=llama", DPO[1], "~dataset_val"]), @"
+    exit 1
+    error: recipe `own.rhai` failed before the first step
+      --> own.rhai:1:30
+    cause: the config names no reference to compare with
+    hint: give `ref_checkpointer`: without adapters to leave out, the reference is a second model
+    ");
+    assert_snapshot!(fails("full_dpo_distributed", &[&["model=llama"], DPO].concat()), @"
+    exit 2
+    error: `DPOLoss` compares with a reference, which without adapters is a second model
+      --> command line
+    hint: add `ref_checkpointer: {_component_: FullModelHFCheckpointer, checkpoint_dir: FOLDER}`, with the folder of `checkpointer`
+    ");
+    assert_snapshot!(fails("full_finetune_distributed", &[]), @"
+    exit 2
+    error: the recipe `full_finetune_distributed` trains all weights, and the model `lora_llama` has adapters
+      --> train.yaml:3:16
+    hint: take the recipe `lora_distributed`, or the model `llama`
+    ");
+    assert_snapshot!(fails("lora_finetune_fsdp2", &["model=llama"]), @"
+    exit 2
+    error: the recipe `lora_finetune_fsdp2` trains adapters, and the model `llama` has none
+      --> command line
+    hint: take the recipe `full_finetune_distributed`, or the model `lora_llama`
+    ");
+    assert_snapshot!(fails("full_finetune_single_device", &["model=llama", "save_adapter_weights_only=True"]), @"
+    exit 2
+    error: `save_adapter_weights_only: True`, and `llama` has no adapter: all its weights are trained
+      --> command line
+    hint: set it to False, or take `lora_llama`
     ");
     let measured = "dataset_val={_component_: instruct_dataset, source: data, split: validation}";
     assert_snapshot!(fails(RHAI, &["loss={_component_: DPOLoss}", DPO[1], measured]), @"

@@ -111,6 +111,35 @@ fn a_checkpoint_is_whole_and_generates_the_same_merged_or_not() {
     assert!(adapted.trim().len() > 10, "{adapted:?}");
 }
 
+/// All weights, by torchtune's names: ranks change no loss, the checkpoint is a model that generates, without an adapter.
+#[test]
+fn all_weights_are_trained_and_generate() {
+    let case = Case::new();
+    let model = case.contents("model");
+    let full = ["model=llama", "optimizer.lr=1e-3", "epochs=2", "save_every_n_steps=4"];
+    let one = case.losses("full_finetune_single_device", "one", &full);
+    assert!(one.last().unwrap() < &(0.9 * one[0]), "nothing was learnt: {one:?}");
+    assert_close(&case.losses("full_finetune_distributed", "two", &[TWO_RANKS, &full].concat()), &one);
+    assert_eq!(case.losses(RHAI, "rhai", &full), one);
+    assert_eq!(case.contents("model"), model, "the model's folder was written to");
+    assert_eq!(case.names("one"), ["epoch_0", "epoch_1", "logs", "loss.svg", "step_12", "step_16", "step_4", "step_8"]);
+    assert!(!case.path("one/epoch_1/adapter").exists());
+    let index: Value = serde_json::from_slice(&case.contents("one/epoch_1")["model.safetensors.index.json"]).unwrap();
+    let before: Value = serde_json::from_slice(&model["model.safetensors.index.json"]).unwrap();
+    let names = |index: &Value| index["weight_map"].as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&index), names(&before));
+    let after = generate_text(&case, &["checkpointer.checkpoint_dir=one/epoch_1"]);
+    assert_ne!(after, generate_text(&case, &[]), "training changes nothing");
+    assert_eq!(generate_text(&case, &["checkpointer.checkpoint_dir=one/epoch_1", "enable_kv_cache=False"]), after);
+    // Gone on with from a step.
+    std::fs::remove_dir_all(case.path("one/logs")).unwrap();
+    let ended = Ended::of(&mut case.run(WASM, &[&full[..], &["output_dir=again", "resume_from=one/step_8"]].concat()));
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert_eq!(case.contents("again/epoch_1")[SHARD], case.contents("rhai/epoch_1")[SHARD]);
+}
+
+const SHARD: &str = "model-00001-of-00001.safetensors";
+
 #[track_caller]
 fn generate_text(case: &Case, arguments: &[&str]) -> String {
     let ended = Ended::of(&mut case.host(&[&["run", "generate", "--config", "generate.yaml"], arguments].concat()));

@@ -33,7 +33,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let around = shipped::surroundings();
     let path = shipped::find_config(&args.config, &around);
-    if !path.exists() && registry::recipe(&args.config).is_some_and(|recipe| recipe.is_guest) {
+    if !path.exists() && registry::recipe(&args.config).is_some_and(|recipe| recipe.guest.is_some()) {
         return ui::out(&format!(
             "'{0}' is a recipe, not a config. `host cp {0} {0}.rhai` copies its script, `host ls {0}` lists its configs.",
             args.config

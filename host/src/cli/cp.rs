@@ -81,11 +81,13 @@ fn same_file(left: &Path, right: &Path) -> bool {
 fn find(name: &str, around: &Surroundings<'_>) -> Result<PathBuf> {
     let script = |folder: &str, name: &str| shipped::find(&format!("scripts/{folder}/{name}.rhai"), around);
     let found = match registry::recipe(name) {
-        Some(recipe) if recipe.is_guest => script("recipes", recipe.name),
-        Some(recipe) => {
-            return Err(Error::config(format!("`{}` is a verb of `host` itself, not a script", recipe.name))
-                .hint("copy its config: `host cp generation my.yaml`"));
-        }
+        Some(recipe) => match recipe.guest {
+            Some(guest) => script("recipes", guest),
+            None => {
+                return Err(Error::config(format!("`{}` is a verb of `host` itself, not a script", recipe.name))
+                    .hint("copy its config: `host cp generation my.yaml`"));
+            }
+        },
         None => shipped::find(&format!("configs/{}.yaml", shipped::config_name(name)), around).or_else(|| {
             let template = registry::component(name).filter(|found| found.role == registry::Role::Template)?;
             script("templates", template.name)

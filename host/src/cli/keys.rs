@@ -79,7 +79,7 @@ fn parts() -> Vec<Part> {
         heading: "Models".to_owned(),
         about: format!(
             "Shapes come from the checkpoint's `config.json`; a name says whether there are adapters. Without `lora_` in \
-             front the model is whole and has no keys, and is for `generate`.\n\n{}",
+             front the model has no keys, and all its weights are trained.\n\n{}",
             models().join(", ")
         ),
         keys: component.keys.iter().flat_map(|group| group.iter()).collect(),

@@ -112,7 +112,7 @@ fn configs(recipe: &Recipe, around: &Surroundings<'_>) -> Vec<(&'static str, Pat
 
 /// What a recipe does.
 fn about(recipe: &Recipe, around: &Surroundings<'_>) -> String {
-    match (recipe.doc, around.find_guest("recipes", recipe.name)) {
+    match (recipe.doc, recipe.guest.and_then(|guest| around.find_guest("recipes", guest))) {
         (Some(doc), _) => doc.to_owned(),
         (None, Some(path)) => said_by(&path),
         (None, None) => String::new(),
@@ -143,7 +143,7 @@ fn to_json(recipe: &Recipe, around: &Surroundings<'_>) -> serde_json::Value {
         "recipe": recipe.name,
         "about": about(recipe, around),
         "aliases": recipe.aliases,
-        "path": if recipe.is_guest { around.find_guest("recipes", recipe.name) } else { None },
+        "path": recipe.guest.and_then(|guest| around.find_guest("recipes", guest)),
         "configs": configs,
     })
 }

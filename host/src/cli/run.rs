@@ -51,6 +51,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
     };
     let (mut plan, mut notices) = resolve(&recipe, &config, &around)?;
+    check_method(&args.recipe, &plan, &config)?;
     notices.extend(check::check(&plan, &config)?);
     notices.extend(hub_data::settle(&mut plan, &config, true)?);
     if is_first_rank() {
@@ -81,14 +82,15 @@ fn find_recipe(name: &str, around: &Surroundings<'_>) -> Result<Recipe> {
         return Ok(Recipe::Guest(path.to_owned()));
     }
     match registry::recipe(name) {
-        Some(recipe) if !recipe.is_guest => Ok(Recipe::Generate),
-        Some(recipe) => around.find_guest("recipes", recipe.name).map(Recipe::Guest).ok_or_else(|| {
-            Error::config(format!(
-                "the recipe `{name}` is not built: no `recipes/{}.wasm` here or beside the program",
-                recipe.name
-            ))
-            .hint("`cargo xtask build` makes the guests")
-        }),
+        Some(recipe) => match recipe.guest {
+            None => Ok(Recipe::Generate),
+            Some(guest) => around.find_guest("recipes", guest).map(Recipe::Guest).ok_or_else(|| {
+                Error::config(format!(
+                    "the recipe `{name}` is not built: no `recipes/{guest}.wasm` here or beside the program"
+                ))
+                .hint("`cargo xtask build` makes the guests")
+            }),
+        },
         None if path.is_dir() => {
             Err(Error::config(format!("the recipe `{name}` is a folder, not a .wasm or .rhai file")))
         }
@@ -135,6 +137,29 @@ fn resolve(recipe: &Recipe, config: &Config, around: &Surroundings<'_>) -> Resul
             (Plan::Generate(Box::new(resolved.plan)), resolved.notices)
         }
     })
+}
+
+/// A recipe's name says whether adapters are trained or all weights, and so does the model's; a file's name says nothing.
+fn check_method(name: &str, plan: &Plan, config: &Config) -> Result<()> {
+    let Plan::Train(plan) = plan else { return Ok(()) };
+    if Path::new(name).is_file() {
+        return Ok(());
+    }
+    let Some(recipe) = registry::recipe(name) else { return Ok(()) };
+    let has_adapters = plan.model.lora.is_some();
+    if recipe.trains_adapters().is_none_or(|wanted| wanted == has_adapters) {
+        return Ok(());
+    }
+    let model = plan.config["model"]["_component_"].as_str().unwrap_or_default();
+    let other = recipe.counterpart().map_or(recipe.name, |other| other.name);
+    let (what, wanted) = match model.strip_prefix("lora_") {
+        Some(whole) => (format!("trains all weights, and the model `{model}` has adapters"), whole.to_owned()),
+        None => (format!("trains adapters, and the model `{model}` has none"), format!("lora_{model}")),
+    };
+    let at = config.locate("model._component_");
+    Err(Error::config(format!("the recipe `{name}` {what}"))
+        .at(at.file, at.line, at.column)
+        .hint(format!("take the recipe `{other}`, or the model `{wanted}`")))
 }
 
 /// torchrun starts this program once a rank; one of them is enough to talk.

@@ -1,7 +1,7 @@
-//! `cargo xtask configs`: the configs of torchtune's names that train adapters, a table and one text.
+//! `cargo xtask configs`: the configs of torchtune's names, a table and one text.
 //!
-//! The values are those of torchtune's last configs of these names (Code Llama: v0.2.1's). `llama3_1/8B_lora`, `generation`
-//! and SmolLM2's are written by hand.
+//! The values are those of torchtune's last configs of these names (Code Llama: v0.2.1's), but for optimizers that page or
+//! update inside the backward pass: here it is AdamW. `llama3_1/8B_lora`, `generation` and SmolLM2's are written by hand.
 
 use std::path::{Path, PathBuf};
 
@@ -15,6 +15,7 @@ struct Row {
     repo: &'static str,
     tokenizer: Tokenizer,
     runs: Runs,
+    /// Of adapters; 0: all weights are trained.
     rank: u32,
     alpha: u32,
     /// Of several devices, and of one.
@@ -36,7 +37,7 @@ enum Method {
 
 #[derive(Clone, Copy, PartialEq)]
 enum Runs {
-    /// `_lora` and `_lora_single_device`.
+    /// One for several devices, and `…_single_device`.
     Both,
     Distributed,
     Single,
@@ -79,6 +80,19 @@ const fn row(
     }
 }
 
+/// All weights.
+const fn full(
+    name: &'static str,
+    model: &'static str,
+    repo: &'static str,
+    tokenizer: Tokenizer,
+    runs: Runs,
+    lr: &'static str,
+    accumulation: [u32; 2],
+) -> Row {
+    Row { lr: [lr; 2], accumulation, ..row(name, model, repo, tokenizer, runs, 0) }
+}
+
 const QWEN2: Tokenizer = Qwen("qwen2");
 const QWEN2_5: Tokenizer = Qwen("qwen2_5");
 const QWEN3: Tokenizer = Qwen("qwen3");
@@ -117,6 +131,26 @@ const ROWS: &[Row] = &[
     Row { batch_size: 8, method: Method::Distillation("qwen2_1_5b", "Qwen/Qwen2-1.5B-Instruct"), ..row("qwen2/1.5_to_0.5B", "qwen2_0_5b", "Qwen/Qwen2-0.5B-Instruct", QWEN2, Both, 32) },
     Row { batch_size: 4, method: Method::Distillation("llama3_1_8b", "meta-llama/Meta-Llama-3.1-8B-Instruct"), ..row("llama3_2/8B_to_1B", "llama3_2_1b", "meta-llama/Llama-3.2-1B-Instruct", Llama3, Both, 64) },
     Row { method: Method::Distillation("qwen3_14b_instruct", "Qwen/Qwen3-14B"), ..row("qwen3/14B_to_8B", "qwen3_8b_base", "Qwen/Qwen3-8B", QWEN3, Single, 64) },
+    full("llama2/7B", "llama2_7b", "meta-llama/Llama-2-7b-hf", Llama2, Distributed, "2e-5", [1; 2]),
+    full("llama3/8B", "llama3_8b", "meta-llama/Meta-Llama-3-8B-Instruct", Llama3, Distributed, "2e-5", [1; 2]),
+    full("llama3_1/8B", "llama3_1_8b", "meta-llama/Meta-Llama-3.1-8B-Instruct", Llama3, Both, "2e-5", [1; 2]),
+    Row { batch_size: 4, ..full("llama3_2/1B", "llama3_2_1b", "meta-llama/Llama-3.2-1B-Instruct", Llama3, Both, "2e-5", [8, 1]) },
+    Row { batch_size: 4, ..full("llama3_2/3B", "llama3_2_3b", "meta-llama/Llama-3.2-3B-Instruct", Llama3, Both, "2e-5", [8, 1]) },
+    full("mistral/7B", "mistral_7b", "mistralai/Mistral-7B-v0.1", Mistral, Distributed, "5e-6", [1; 2]),
+    full("qwen2/0.5B", "qwen2_0_5b", "Qwen/Qwen2-0.5B-Instruct", QWEN2, Both, "2e-5", [8; 2]),
+    full("qwen2/1.5B", "qwen2_1_5b", "Qwen/Qwen2-1.5B-Instruct", QWEN2, Both, "2e-5", [1; 2]),
+    full("qwen2/7B", "qwen2_7b", "Qwen/Qwen2-7B-Instruct", QWEN2, Both, "5e-6", [8, 1]),
+    full("qwen2_5/0.5B", "qwen2_5_0_5b", "Qwen/Qwen2.5-0.5B-Instruct", QWEN2_5, Both, "2e-5", [8; 2]),
+    full("qwen2_5/1.5B", "qwen2_5_1_5b_instruct", "Qwen/Qwen2.5-1.5B-Instruct", QWEN2_5, Distributed, "2e-5", [1; 2]),
+    Row { batch_size: 4, ..full("qwen2_5/1.5B", "qwen2_5_1_5b_instruct", "Qwen/Qwen2.5-1.5B-Instruct", QWEN2_5, Single, "2e-5", [1; 2]) },
+    full("qwen2_5/3B", "qwen2_5_3b", "Qwen/Qwen2.5-3B-Instruct", QWEN2_5, Both, "5e-6", [8, 1]),
+    full("qwen2_5/7B", "qwen2_5_7b_instruct", "Qwen/Qwen2.5-7B-Instruct", QWEN2_5, Both, "5e-6", [8, 1]),
+    full("qwen3/0.6B", "qwen3_0_6b_instruct", "Qwen/Qwen3-0.6B", QWEN3, Both, "2e-5", [8; 2]),
+    full("qwen3/1.7B", "qwen3_1_7b_instruct", "Qwen/Qwen3-1.7B", QWEN3, Distributed, "2e-5", [1; 2]),
+    Row { batch_size: 4, ..full("qwen3/1.7B", "qwen3_1_7b_instruct", "Qwen/Qwen3-1.7B", QWEN3, Single, "2e-5", [1; 2]) },
+    Row { lr: ["5e-6", "2e-5"], ..full("qwen3/4B", "qwen3_4b_instruct", "Qwen/Qwen3-4B", QWEN3, Both, "5e-6", [8, 1]) },
+    full("qwen3/8B", "qwen3_8b_instruct", "Qwen/Qwen3-8B", QWEN3, Both, "5e-6", [8, 1]),
+    Row { method: Method::Preferences, ..full("llama3_1/8B", "llama3_1_8b", "meta-llama/Meta-Llama-3.1-8B-Instruct", Llama3, Distributed, "2e-5", [8; 2]) },
     row("qwen3/32B", "qwen3_32b", "Qwen/Qwen3-32B", QWEN3, Distributed, 8),
 ];
 
@@ -155,13 +189,16 @@ fn files() -> Vec<(PathBuf, String)> {
 
 /// The end of a config's name.
 fn suffix(row: &Row, distributed: bool) -> &'static str {
-    match (row.method, distributed) {
-        (Method::Instructions, true) => "lora",
-        (Method::Instructions, false) => "lora_single_device",
-        (Method::Preferences, true) => "lora_dpo",
-        (Method::Preferences, false) => "lora_dpo_single_device",
-        (Method::Distillation(..), true) => "KD_lora_distributed",
-        (Method::Distillation(..), false) => "KD_lora_single_device",
+    match (row.method, row.rank, distributed) {
+        (Method::Instructions, 0, true) => "full",
+        (Method::Instructions, 0, false) => "full_single_device",
+        (Method::Instructions, _, true) => "lora",
+        (Method::Instructions, _, false) => "lora_single_device",
+        (Method::Preferences, 0, _) => "full_dpo",
+        (Method::Preferences, _, true) => "lora_dpo",
+        (Method::Preferences, _, false) => "lora_dpo_single_device",
+        (Method::Distillation(..), _, true) => "KD_lora_distributed",
+        (Method::Distillation(..), _, false) => "KD_lora_single_device",
     }
 }
 
@@ -173,13 +210,17 @@ fn text(row: &Row, distributed: bool) -> String {
     let folder = folder_of(repo);
     let (family, size) = name.split_once('/').unwrap_or((name, ""));
     let suffix = suffix(row, distributed);
-    let recipe = match (method, distributed) {
-        (Method::Instructions, true) => "lora_finetune_distributed",
-        (Method::Instructions, false) => "lora_finetune_single_device",
-        (Method::Preferences, true) => "lora_dpo_distributed",
-        (Method::Preferences, false) => "lora_dpo_single_device",
-        (Method::Distillation(..), true) => "knowledge_distillation_distributed",
-        (Method::Distillation(..), false) => "knowledge_distillation_single_device",
+    let is_full = *rank == 0;
+    let recipe = match (method, is_full, distributed) {
+        (Method::Instructions, true, true) => "full_finetune_distributed",
+        (Method::Instructions, true, false) => "full_finetune_single_device",
+        (Method::Instructions, false, true) => "lora_finetune_distributed",
+        (Method::Instructions, false, false) => "lora_finetune_single_device",
+        (Method::Preferences, true, _) => "full_dpo_distributed",
+        (Method::Preferences, false, true) => "lora_dpo_distributed",
+        (Method::Preferences, false, false) => "lora_dpo_single_device",
+        (Method::Distillation(..), _, true) => "knowledge_distillation_distributed",
+        (Method::Distillation(..), _, false) => "knowledge_distillation_single_device",
     };
     let command = if distributed { format!("--nproc 2 {recipe}") } else { recipe.to_owned() };
     let (modules, mlp) = match family {
@@ -199,13 +240,30 @@ run_val_every_n_steps: null # besides before and after the run
         (Method::Instructions, true) => {
             format!("  _component_: alpaca_cleaned_dataset\n  split: train[:95%]\n  packed: False\n{validation}")
         }
+        (Method::Instructions, false) if is_full && *name == "llama3_1/8B" => {
+            "  _component_: alpaca_dataset\n  packed: False\n".to_owned()
+        }
         _ => "  _component_: alpaca_cleaned_dataset\n  packed: False\n".to_owned(),
     };
-    let (what, teacher, loss) = match method {
-        Method::Instructions => ("LoRA", String::new(), "  _component_: cross_entropy\n"),
-        Method::Preferences => {
-            ("Preferences (DPO), LoRA", String::new(), "  _component_: DPOLoss\n  beta: 0.1\n  label_smoothing: 0\n")
+    let dpo = |beta: &str| format!("  _component_: DPOLoss\n  beta: {beta}\n  label_smoothing: 0\n");
+    // A second model beside the trained one.
+    let (what, frozen, loss) = match method {
+        Method::Instructions => {
+            let what = if is_full { "Full fine-tuning" } else { "LoRA" };
+            (what, String::new(), "  _component_: cross_entropy\n".to_owned())
         }
+        Method::Preferences if is_full => {
+            let reference = format!(
+                "\
+ref_checkpointer: # the model before training, frozen
+  _component_: FullModelHFCheckpointer
+  checkpoint_dir: {folder}
+
+"
+            );
+            ("Preferences (DPO), all weights,", reference, dpo("0.05"))
+        }
+        Method::Preferences => ("Preferences (DPO), LoRA", String::new(), dpo("0.1")),
         Method::Distillation(model, repo) => {
             let folder = folder_of(repo);
             let teacher = format!(
@@ -223,10 +281,33 @@ kd_loss:
   _component_: ForwardKLLoss
 kd_ratio: 0.5 # the share of kd_loss; loss has the rest
 ";
-            ("Distillation, LoRA", teacher, loss)
+            ("Distillation, LoRA", teacher, loss.to_owned())
         }
     };
+    let (model, adapter_only) = if is_full {
+        (format!("  _component_: {model}\n"), "")
+    } else {
+        let model = format!(
+            "  _component_: lora_{model}
+  lora_attn_modules: {modules}
+  apply_lora_to_mlp: {mlp}
+  apply_lora_to_output: {output}
+  lora_rank: {rank} # more learns more, for more memory
+  lora_alpha: {alpha} # the adapter's scale is alpha / rank
+  lora_dropout: 0.0
+"
+        );
+        (model, "save_adapter_weights_only: False\n")
+    };
+    let cosine = |warmup| format!("lr_scheduler:\n  _component_: cosine\n  num_warmup_steps: {warmup}\n");
+    let schedule = match method {
+        Method::Instructions if is_full => String::new(),
+        Method::Preferences if is_full => cosine(20),
+        _ => cosine(100),
+    };
+    let rounding = if is_full { " # small updates of bf16 weights are lost in rounding; fp32 keeps them" } else { "" };
     let (lr, weight_decay, most_steps, length) = match method {
+        Method::Preferences if is_full => (lr, "0.05", "1000", "1024"),
         Method::Preferences => ("5e-4", "0.05", "1000", "1024"),
         _ => (lr, "0.01", "null", "null"),
     };
@@ -259,21 +340,13 @@ kd_ratio: 0.5 # the share of kd_loss; loss has the rest
 output_dir: /tmp/host/{family}_{size}/{suffix}
 
 model:
-  _component_: lora_{model}
-  lora_attn_modules: {modules}
-  apply_lora_to_mlp: {mlp}
-  apply_lora_to_output: {output}
-  lora_rank: {rank} # more learns more, for more memory
-  lora_alpha: {alpha} # the adapter's scale is alpha / rank
-  lora_dropout: 0.0
-
-{teacher}checkpointer:
+{model}
+{frozen}checkpointer:
   _component_: FullModelHFCheckpointer
   checkpoint_dir: {folder} # never written to
   output_dir: ${{output_dir}}
 resume_from_checkpoint: False
-save_adapter_weights_only: False
-
+{adapter_only}
 tokenizer:
   _component_: {tokenizer}
   max_seq_len: {length} # longer samples are cut to this many tokens
@@ -288,10 +361,7 @@ optimizer:
   _component_: AdamW
   lr: {lr}
   weight_decay: {weight_decay}
-lr_scheduler:
-  _component_: cosine
-  num_warmup_steps: 100
-loss:
+{schedule}loss:
 {loss}clip_grad_norm: null
 
 epochs: 1
@@ -304,7 +374,7 @@ log_every_n_steps: 1
 log_peak_memory_stats: True
 
 device: cuda
-dtype: bf16
+dtype: bf16{rounding}
 "
     )
 }

@@ -9,11 +9,16 @@ const SEED: Type = Type::Count { min: 0, max: u32::MAX as u64 };
 const FRACTION: Type = Type::Number { min: 0.0, max: 1.0 };
 const ANY_NUMBER: Type = Type::Number { min: f64::NEG_INFINITY, max: f64::INFINITY };
 
-const REPLICATED: &str = "the base model is replicated and only adapters are reduced, so there is nothing to shard";
+const REPLICATED: &str = "every rank holds the whole model, so there is nothing to shard";
 const NOT_YET: &str = "not available yet";
 
 const DEVICE: Key = key("device", Type::OneOf(&["cpu", "cuda"]), "cuda", "Where the model runs; `cuda` is ROCm too.");
-const DTYPE: Key = key("dtype", Type::OneOf(&["bf16", "fp32"]), "bf16", "The type of weights and activations.");
+const DTYPE: Key = key(
+    "dtype",
+    Type::OneOf(&["bf16", "fp32"]),
+    "bf16",
+    "The type of weights and activations. Small updates of weights that are bf16 themselves are lost in rounding; adapters are fp32.",
+);
 const LIMITS_KEY: Key = key("limits", Type::Section(LIMITS), "{}", "What a guest may use.");
 const ISOLATE: Key = key(
     "isolate",
@@ -75,11 +80,20 @@ pub const TRAIN: &[Key] = &[
     key("gradient_accumulation_steps", POSITIVE, "1", "Micro-batches of one rank in one step."),
     key("epochs", POSITIVE, "1", "How often the data is seen."),
     optional("max_steps_per_epoch", POSITIVE, "Ends each epoch early."),
-    required("model", Type::Component(Role::Model), "What to train."),
+    required(
+        "model",
+        Type::Component(Role::Model),
+        "What to train: the adapters of a `lora_` model, all weights of another.",
+    ),
     required("checkpointer", Type::Component(Role::Checkpointer), "Where weights come from and go to."),
     key("resume_from_checkpoint", Type::Bool, "False", "Continue from the newest checkpoint of the output folder."),
     optional("resume_from", Type::Text, "A checkpoint to continue from, instead of the newest."),
-    key("save_adapter_weights_only", Type::Bool, "False", "Write the adapter without the merged model."),
+    key(
+        "save_adapter_weights_only",
+        Type::Bool,
+        "False",
+        "Write the adapter without the merged model; not for a model that has none.",
+    ),
     optional("save_every_n_steps", POSITIVE, "Checkpoint every this many steps, besides each epoch."),
     required("optimizer", Type::Component(Role::Optimizer), "How gradients change weights."),
     optional("lr_scheduler", Type::Component(Role::LrScheduler), "Learning rate over steps; constant when absent."),
@@ -88,7 +102,12 @@ pub const TRAIN: &[Key] = &[
         Type::Component(Role::Loss),
         "What is made small; also the path of a loss guest, whose settings the other keys are.",
     ),
-    optional("ref_checkpointer", Type::Component(Role::Checkpointer), "A frozen model to compare with.").of_recipe(),
+    optional(
+        "ref_checkpointer",
+        Type::Component(Role::Checkpointer),
+        "A frozen model to compare with: by default the trained one without its adapters, where it has some.",
+    )
+    .of_recipe(),
     optional("teacher_model", Type::Component(Role::Model), "What to learn from.").of_recipe(),
     optional("teacher_checkpointer", Type::Component(Role::Checkpointer), "Where its weights are.").of_recipe(),
     optional("kd_loss", Type::Component(Role::DistillationLoss), "How far a student is from its teacher.").of_recipe(),

@@ -241,10 +241,10 @@ pub struct Recipe {
     pub name: &'static str,
     /// torchtune's names.
     pub aliases: &'static [&'static str],
-    /// Written by its users in Rhai or built from Rust; `false` for a verb of `host` itself.
-    pub is_guest: bool,
+    /// The name of its file, which recipes that differ in the model alone share; none for a verb of `host` itself.
+    pub guest: Option<&'static str>,
     pub configs: &'static [&'static str],
-    /// What it does; a guest says it itself.
+    /// What it does, where no guest says it itself.
     pub doc: Option<&'static str>,
 }
 
@@ -252,7 +252,7 @@ pub const RECIPES: &[Recipe] = &[
     Recipe {
         name: "lora_distributed",
         aliases: &["lora_finetune_distributed", "lora_finetune_single_device", "lora_finetune_fsdp2"],
-        is_guest: true,
+        guest: Some("lora_distributed"),
         configs: &[
             "llama2/7B_lora",
             "llama2/7B_lora_single_device",
@@ -304,9 +304,49 @@ pub const RECIPES: &[Recipe] = &[
         doc: None,
     },
     Recipe {
+        name: "full_finetune_distributed",
+        aliases: &["full_finetune_single_device"],
+        guest: Some("lora_distributed"),
+        configs: &[
+            "llama2/7B_full",
+            "llama3/8B_full",
+            "llama3_1/8B_full",
+            "llama3_1/8B_full_single_device",
+            "llama3_2/1B_full",
+            "llama3_2/1B_full_single_device",
+            "llama3_2/3B_full",
+            "llama3_2/3B_full_single_device",
+            "mistral/7B_full",
+            "qwen2/0.5B_full",
+            "qwen2/0.5B_full_single_device",
+            "qwen2/1.5B_full",
+            "qwen2/1.5B_full_single_device",
+            "qwen2/7B_full",
+            "qwen2/7B_full_single_device",
+            "qwen2_5/0.5B_full",
+            "qwen2_5/0.5B_full_single_device",
+            "qwen2_5/1.5B_full",
+            "qwen2_5/1.5B_full_single_device",
+            "qwen2_5/3B_full",
+            "qwen2_5/3B_full_single_device",
+            "qwen2_5/7B_full",
+            "qwen2_5/7B_full_single_device",
+            "qwen3/0.6B_full",
+            "qwen3/0.6B_full_single_device",
+            "qwen3/1.7B_full",
+            "qwen3/1.7B_full_single_device",
+            "qwen3/4B_full",
+            "qwen3/4B_full_single_device",
+            "qwen3/8B_full",
+            "qwen3/8B_full_single_device",
+            "smollm2/135M_full_summarize",
+        ],
+        doc: Some("Full fine-tuning, on any number of ranks: all weights of the model are trained"),
+    },
+    Recipe {
         name: "lora_dpo_distributed",
         aliases: &["lora_dpo_single_device"],
-        is_guest: true,
+        guest: Some("lora_dpo_distributed"),
         configs: &[
             "llama2/7B_lora_dpo",
             "llama2/7B_lora_dpo_single_device",
@@ -316,9 +356,16 @@ pub const RECIPES: &[Recipe] = &[
         doc: None,
     },
     Recipe {
+        name: "full_dpo_distributed",
+        aliases: &[],
+        guest: Some("lora_dpo_distributed"),
+        configs: &["llama3_1/8B_full_dpo"],
+        doc: Some("DPO of all weights, on any number of ranks; the reference is a second, frozen model"),
+    },
+    Recipe {
         name: "knowledge_distillation_distributed",
         aliases: &["knowledge_distillation_single_device"],
-        is_guest: true,
+        guest: Some("knowledge_distillation_distributed"),
         configs: &[
             "llama3_2/8B_to_1B_KD_lora_distributed",
             "llama3_2/8B_to_1B_KD_lora_single_device",
@@ -331,11 +378,24 @@ pub const RECIPES: &[Recipe] = &[
     Recipe {
         name: "generate",
         aliases: &[],
-        is_guest: false,
+        guest: None,
         configs: &["generation", "smollm2/135M_generate"],
         doc: Some("writes a continuation of one prompt"),
     },
 ];
+
+impl Recipe {
+    /// Whether it is for models with adapters, or for those without; none where that is the config's matter.
+    pub fn trains_adapters(&self) -> Option<bool> {
+        let of = |prefix: &str| self.name.starts_with(prefix);
+        (of("lora_") || of("full_")).then(|| of("lora_"))
+    }
+
+    /// The one of the same guest for the other kind of models.
+    pub fn counterpart(&self) -> Option<&'static Recipe> {
+        RECIPES.iter().find(|other| other.guest == self.guest && other.name != self.name)
+    }
+}
 
 /// Finds a shipped recipe by name or by torchtune's name for it.
 pub fn recipe(name: &str) -> Option<&'static Recipe> {

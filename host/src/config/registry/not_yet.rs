@@ -13,7 +13,6 @@ const fn not_yet_of(recipe: &'static str, configs: &'static [&'static str], road
     NotYet { recipe, configs, road }
 }
 
-const FULL: &str = "methods: full fine-tuning";
 const QLORA: &str = "breadth: a 4-bit base (QLoRA)";
 const QAT: &str = "breadth: quantisation-aware training";
 const GEMMA: &str = "breadth: the Gemma family";
@@ -21,6 +20,7 @@ const PHI: &str = "breadth: the Phi family";
 const REWARDS: &str = "breadth: training by rewards";
 const MULTIMODAL: &str = "breadth: images";
 const DORA: &str = "breadth: DoRA";
+const OPTIMIZERS: &str = "breadth: optimizers that page or keep 8 bits";
 const EVALUATION: &str = "breadth: evaluation";
 const SHARDED: &str = "distribution: sharded models";
 
@@ -32,28 +32,14 @@ pub const NOT_YET: &[NotYet] = &[
             "llama2/7B_full_low_memory",
             "code_llama2/7B_full_low_memory",
             "llama3/8B_full_single_device",
-            "llama3_1/8B_full_single_device",
             "mistral/7B_full_low_memory",
-            "phi3/mini_full_low_memory",
         ],
-        FULL,
+        OPTIMIZERS,
     ),
-    not_yet_of(
-        "full_finetune_distributed",
-        &[
-            "llama2/7B_full",
-            "llama2/13B_full",
-            "llama3/8B_full",
-            "llama3_1/8B_full",
-            "llama3/70B_full",
-            "llama3_1/70B_full",
-            "mistral/7B_full",
-            "gemma/2B_full",
-            "gemma/7B_full",
-            "phi3/mini_full",
-        ],
-        FULL,
-    ),
+    not_yet_of("full_finetune_single_device", &["phi3/mini_full_low_memory"], PHI),
+    not_yet_of("full_finetune_distributed", &["llama2/13B_full", "llama3/70B_full", "llama3_1/70B_full"], SHARDED),
+    not_yet_of("full_finetune_distributed", &["gemma/2B_full", "gemma/7B_full"], GEMMA),
+    not_yet_of("full_finetune_distributed", &["phi3/mini_full"], PHI),
     not_yet_of(
         "lora_finetune_single_device",
         &[
@@ -81,14 +67,13 @@ pub const NOT_YET: &[NotYet] = &[
     not_yet_of("lora_finetune_distributed", &["phi3/mini_lora"], PHI),
     not_yet_of("lora_finetune_distributed", &["llama3_1/405B_qlora"], QLORA),
     not_yet_of("lora_finetune_fsdp2", &["llama2/7B_qlora", "llama2/70B_qlora"], QLORA),
-    not_yet_of("full_dpo_distributed", &["llama3_1/8B_full_dpo"], FULL),
     not_yet_of("ppo_full_finetune_single_device", &["mistral/7B_full_ppo_low_memory"], REWARDS),
     not_yet_of("dev/grpo_full_finetune_distributed", &["dev/3B_full_grpo"], REWARDS),
     not_yet_of("dev/async_grpo_full_finetune_distributed", &["dev/qwen3B_async_grpo"], REWARDS),
     not_yet_of("qat_single_device", &["qwen2_5/1.5B_qat_single_device"], QAT),
     not_yet_of("qat_distributed", &["llama2/7B_qat_full", "llama3/8B_qat_full"], QAT),
     not_yet_of("qat_lora_finetune_distributed", &["llama3/8B_qat_lora"], QAT),
-    not_yet_of("dev/early_exit_finetune_distributed", &["llama2/7B_full_early_exit"], FULL),
+    not_yet_of("dev/early_exit_finetune_distributed", &["llama2/7B_full_early_exit"], "breadth: early exit"),
     not_yet_of("dev/lora_finetune_distributed_multi_dataset", &["dev/11B_lora_multi_dataset"], MULTIMODAL),
     not_yet_of("dev/generate_v2", &["llama3_2_vision/11B_generation_v2"], MULTIMODAL),
     not_yet_of("dev/generate_v2_distributed", &["llama3/70B_generation_distributed"], SHARDED),
@@ -109,7 +94,8 @@ const LATER: &[(&str, &str)] = &[
     ("phi", PHI),
     ("qlora", QLORA),
     ("dora", DORA),
-    ("_full", FULL),
+    ("low_memory", OPTIMIZERS),
+    ("_full", SHARDED),
 ];
 
 /// Where on the road something is, by the name of a recipe, of which nothing is there, or of a config.
