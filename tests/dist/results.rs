@@ -248,7 +248,8 @@ fn an_imported_model_trains_and_generates() {
 fn a_tied_head_trains_saves_and_generates() {
     let case = Case::new();
     case.edit("model/config.json", r#""tie_word_embeddings": false"#, r#""tie_word_embeddings": true"#);
-    let mut index: Value = serde_json::from_slice(&case.contents("model")["model.safetensors.index.json"]).unwrap();
+    let with_copy = case.contents("model")["model.safetensors.index.json"].clone();
+    let mut index: Value = serde_json::from_slice(&with_copy).unwrap();
     let file = index["weight_map"].as_object_mut().unwrap().remove("lm_head.weight").unwrap();
     case.write("model/model.safetensors.index.json", index.to_string());
     let file = format!("model/{}", file.as_str().unwrap());
@@ -266,6 +267,20 @@ fn a_tied_head_trains_saves_and_generates() {
     let merged = generate_text(&case, &["checkpointer.checkpoint_dir=out/epoch_0"]);
     assert_eq!(generate_text(&case, &["adapter_dir=out/epoch_0/adapter"]), merged);
     assert_ne!(generate_text(&case, &[]), merged, "the adapter changes nothing");
+
+    // All weights: one that is two is trained once, and a copy of it in the checkpoint follows.
+    let full = ["model=llama", "optimizer.lr=1e-3"];
+    let ended = Ended::of(&mut case.run(WASM, &[&full[..], &["output_dir=full"]].concat()));
+    assert!(ended.stderr.contains("1311872 parameters, 1311872 trainable (100.00%)"), "{}", ended.stderr);
+    let text = generate_text(&case, &["checkpointer.checkpoint_dir=full/epoch_0"]);
+    case.write("model/model.safetensors.index.json", with_copy);
+    case.write(&file, bytes);
+    assert_eq!(case.losses(WASM, "copy", &full), case.log("full"));
+    assert_eq!(generate_text(&case, &["checkpointer.checkpoint_dir=copy/epoch_0"]), text);
+    let bytes = &case.contents("copy/epoch_0")[SHARD];
+    let tensors = safetensors::SafeTensors::deserialize(bytes).unwrap();
+    let [head, embedding] = ["lm_head.weight", "model.embed_tokens.weight"].map(|name| tensors.tensor(name).unwrap());
+    assert!(head.data() == embedding.data());
 }
 
 fn check_files(case: &Case, checkpoint: &str) {

@@ -1,9 +1,10 @@
-//! LoRA fine-tuning, on any number of ranks: cross-entropy on the labels of each batch.
+//! Fine-tuning, on any number of ranks: cross-entropy on the labels of each batch. Adapters are trained, or all weights of a
+//! model without them.
 
 use host_sdk::prelude::*;
 
 fn main() -> Result<()> {
-    let run = open()?; // model, adapter, data, optimizer, schedule as the config says
+    let run = open()?; // model, data, optimizer, schedule as the config says
     let model = run.model();
     // Epochs, accumulation, resume and limits are inside.
     for step in run.steps() {
@@ -20,5 +21,5 @@ fn main() -> Result<()> {
 host_sdk::recipe!(main);
 
 host_sdk::metadata! {r#"
-description = "LoRA fine-tuning, on any number of ranks: cross-entropy on the labels of each batch."
+description = "Fine-tuning, on any number of ranks: cross-entropy on the labels of each batch. Adapters are trained, or all weights of a model without them."
 "#}
