@@ -337,17 +337,18 @@ impl Run {
     /// then takes their gradients back through the model.
     pub fn logits_part(&mut self, key: u64, which: Which, start: i64, length: i64) -> Result<Tensor> {
         let batch = self.batch(key)?;
-        let kept = self.step.as_ref().and_then(|step| step.hidden.iter().find(|hidden| hidden.which == which));
-        let new = match kept {
-            Some(_) => None,
-            None => Some(Hidden::new(which, self.forward(which, |model| batch.hidden(model, which))?)),
+        let step = self.step.as_ref().ok_or_else(no_step)?;
+        let leaf = match step.hidden.iter().find(|hidden| hidden.which == which) {
+            Some(kept) => kept.leaf.shallow_clone(),
+            None => {
+                let new = Hidden::new(which, self.forward(which, |model| batch.hidden(model, which))?);
+                let leaf = new.leaf.shallow_clone();
+                self.step.as_mut().ok_or_else(no_step)?.hidden.push(new);
+                leaf
+            }
         };
-        let step = self.step.as_mut().ok_or_else(no_step)?;
-        step.hidden.extend(new);
         let batch = self.batch(key)?;
-        let kept = self.step.as_ref().and_then(|step| step.hidden.iter().find(|hidden| hidden.which == which));
-        let leaf = &kept.ok_or_else(no_step)?.leaf;
-        self.forward(which, |model| batch.logits_of(model, which, leaf, start, length))
+        self.forward(which, |model| batch.logits_of(model, which, &leaf, start, length))
     }
 
     /// Log-probability of each label, f32 `[L]`.
