@@ -386,7 +386,7 @@ impl Run {
                 Over::Local => values[index],
                 Over::Sum => of(index).sum(),
                 Over::Mean => of(index).sum::<f64>() / ranks.len() as f64,
-                Over::Max => of(index).fold(f64::NEG_INFINITY, f64::max),
+                Over::Max => largest(of(index)),
             })
             .collect())
     }
@@ -651,4 +651,22 @@ fn push_memory(metrics: &mut StepMetrics, device: Device) -> Result<()> {
         host_ffi::backend::reset_peak(device).torch("reset the memory statistics")?;
     }
     Ok(())
+}
+
+/// As in PyTorch a NaN is larger than any number: a maximum that hides it would hide the rank that is broken.
+fn largest(values: impl Iterator<Item = f64>) -> f64 {
+    values.fold(f64::NEG_INFINITY, |most, value| if value.is_nan() || value > most { value } else { most })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::largest;
+
+    #[test]
+    fn a_nan_of_one_rank_is_the_largest_wherever_it_is() {
+        for ranks in [[f64::NAN, 1.0, 2.0], [1.0, f64::NAN, 2.0], [1.0, 2.0, f64::NAN]] {
+            assert!(largest(ranks.into_iter()).is_nan(), "{ranks:?}");
+        }
+        assert_eq!(largest([-3.0, -1.0, f64::NEG_INFINITY].into_iter()), -1.0);
+    }
 }
