@@ -22,6 +22,11 @@ fn an_unknown_recipe() {
     error: there is no recipe `lora_distribted`
     hint: did you mean `lora_distributed`?
     ");
+    // Half of a name, and of a path.
+    for name in ["lora_dpo", "recipes/lora_dpo.wasm"] {
+        let said = run(&Case::new(), name);
+        assert!(said.contains("did you mean `lora_dpo_distributed`?"), "{said}");
+    }
     // A path that leads nowhere from this folder.
     assert_snapshot!(run(&Case::new(), "elsewhere/lora_distributed.wasm"), @"
     exit 2

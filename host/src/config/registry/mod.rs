@@ -405,7 +405,10 @@ pub fn recipe(name: &str) -> Option<&'static Recipe> {
 /// Returns the shipped recipe somebody probably meant, by a name or by the path of a file.
 pub fn similar_recipe(name: &str) -> Option<&'static str> {
     let names = RECIPES.iter().flat_map(|recipe| std::iter::once(&recipe.name).chain(recipe.aliases));
-    suggest::nearest(file_stem(name), names.copied())
+    let name = file_stem(name);
+    // Who leaves out how it is distributed wants ours, which comes before torchtune's names for it.
+    let begins = || names.clone().copied().find(|known| name.len() > 3 && known.starts_with(name));
+    suggest::nearest(name, names.clone().copied()).or_else(begins)
 }
 
 /// Returns the shipped config somebody probably meant, by a name with or without its folder, or by the path of a file.
