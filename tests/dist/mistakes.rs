@@ -129,6 +129,16 @@ fn a_checkpoint_of_another_run() {
     hint: `done/step_4/config_resolved.yaml` is the config to resume it with
     hint: or start a new run: leave `resume_from_checkpoint` out and take another `output_dir`
     ");
+    // A loss of somebody's own is another one with other settings.
+    case.write("mine.rhai", "fn loss(logits, labels, settings) { #{ sum: logits.log_softmax(-1).sum() * settings.gamma, weight: labels.shape[0] } }");
+    case.losses(WASM, "mine", &["save_every_n_steps=4", "loss={_component_: mine.rhai, gamma: 2}"]);
+    assert_snapshot!(fails(&case, WASM, &["resume_from=mine/step_4", "loss={_component_: mine.rhai, gamma: 3}"]), @r#"
+    exit 2
+    error: the checkpoint `mine/step_4` is of another run
+    cause: the settings of the loss guest, `loss`: {"gamma":2} in the checkpoint, {"gamma":3} in this run
+    hint: `mine/step_4/config_resolved.yaml` is the config to resume it with
+    hint: or start a new run: leave `resume_from_checkpoint` out and take another `output_dir`
+    "#);
     assert_snapshot!(resume(&["batch_size=3"]), @"
     exit 2
     error: the checkpoint `done/step_4` cannot go on with these batches

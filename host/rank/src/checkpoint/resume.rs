@@ -28,6 +28,8 @@ pub struct Identity {
     pub dtype: Dtype,
     pub compat_torchtune: bool,
     pub shuffle: bool,
+    /// What a loss guest was given; null of any other loss.
+    pub loss_settings: serde_json::Value,
     /// Rows of the training set, and the digest of their tokens.
     pub num_rows: usize,
     pub data_digest: String,
@@ -35,9 +37,19 @@ pub struct Identity {
 
 impl Identity {
     /// Every part by the config's name for it, as a person reads it.
-    pub fn parts(&self) -> [(&'static str, String); 10] {
+    pub fn parts(&self) -> [(&'static str, String); 11] {
         // Without `..`, so that a new part has to be thought of here.
-        let Self { base_model, lora, num_parameters, dtype, compat_torchtune, shuffle, num_rows, data_digest } = self;
+        let Self {
+            base_model,
+            lora,
+            num_parameters,
+            dtype,
+            compat_torchtune,
+            shuffle,
+            loss_settings,
+            num_rows,
+            data_digest,
+        } = self;
         let of_lora = |value: &dyn Fn(&LoraPlan) -> String| lora.as_ref().map_or_else(|| "none".to_owned(), value);
         let targets = |lora: &LoraPlan| {
             let LoraPlan { rank: _, alpha: _, dropout: _, targets } = lora;
@@ -56,6 +68,7 @@ impl Identity {
             ("`dtype`", dtype.to_string()),
             ("`compat`", if *compat_torchtune { "torchtune" } else { "null" }.to_owned()),
             ("`shuffle`", if *shuffle { "True" } else { "False" }.to_owned()),
+            ("the settings of the loss guest, `loss`", loss_settings.to_string()),
             ("the tokens of `dataset`", format!("{num_rows} rows of digest {}", short(data_digest))),
         ]
     }
@@ -185,6 +198,7 @@ mod tests {
             dtype: Dtype::Bf16,
             compat_torchtune: false,
             shuffle: true,
+            loss_settings: serde_json::json!({ "gamma": 2 }),
             num_rows: 80,
             data_digest: "fedcba9876543210-and-more".into(),
         };
@@ -248,7 +262,7 @@ mod tests {
         // In whatever order the config names them.
         check(&|now| now.lora.as_mut().unwrap().targets.reverse()).unwrap();
         type Change = (fn(&mut Identity), &'static str);
-        let changes: [Change; 9] = [
+        let changes: [Change; 10] = [
             (|now| now.base_model.insert(0, '1'), "of fingerprint 1012345678"),
             (|now| now.lora.as_mut().unwrap().rank = 4, "`model.lora_rank`: 8 in the checkpoint, 4 in this run"),
             (|now| now.lora.as_mut().unwrap().alpha = 4.5, "`model.lora_alpha`: 16 in the checkpoint, 4.5 in this run"),
@@ -263,6 +277,10 @@ mod tests {
             (|now| now.dtype = Dtype::Fp32, "`dtype`: bf16 in the checkpoint, fp32 in this run"),
             (|now| now.compat_torchtune = true, "`compat`: null in the checkpoint, torchtune in this run"),
             (|now| now.shuffle = false, "`shuffle`: True in the checkpoint, False in this run"),
+            (
+                |now| now.loss_settings = serde_json::json!({ "gamma": 3 }),
+                "`loss`: {\"gamma\":2} in the checkpoint, {\"gamma\":3} in this run",
+            ),
             (|now| now.num_rows = 64, "the tokens of `dataset`: 80 rows"),
         ];
         for (change, expected) in changes {

@@ -271,6 +271,7 @@ fn identity(plan: &TrainPlan, base: &Weights, trained: &Trained, data: &Tokenize
         dtype: plan.dtype,
         compat_torchtune: plan.compat_torchtune,
         shuffle: plan.shuffle,
+        loss_settings: plan.loss.guest.as_ref().map(|guest| guest.settings.clone()).into(),
         num_rows: data.len(),
         data_digest: data.digest().to_owned(),
     }
