@@ -14,10 +14,11 @@ use crate::support::{Linear, guest, run_with};
 
 const SCRIPT: &str = "HOST_TEST_SCRIPT";
 const BUDGET_MB: usize = 64;
+const TENSORS_MB: usize = 300;
 
 /// Memory ends these, not time.
 fn limits() -> GuestLimits {
-    GuestLimits { memory_mb: BUDGET_MB, seconds: 600.0, ..GuestLimits::default() }
+    GuestLimits { memory_mb: BUDGET_MB, tensors_mb: TENSORS_MB, seconds: 600.0, ..GuestLimits::default() }
 }
 
 fn status(key: &str) -> usize {
@@ -150,4 +151,17 @@ fn depth_of_values_fits_the_stack() {
     // 2 KiB are enough for a level: see the constant.
     let levels = host::config::limits::SCRIPT_ARRAY + host::config::limits::SCRIPT_MAP;
     assert!(levels << 11 <= host::config::limits::SCRIPT_STACK);
+}
+
+/// Torch is not let write what exceeds `limits.tensors_mb`: each of these would take as much again, or twice.
+#[test]
+fn no_tensor_is_made_that_exceeds_the_limit() {
+    for operation in ["exp()", "add_scalar(1)", "softmax(0)", "clamp(0, 1)", "cumsum(0)", "to_int()"] {
+        let text = format!(
+            "let run = host::open(); let step = run.next_step(); let batch = step.next_batch();
+             let t = host::full([50000000], 1); let u = t.{operation};"
+        );
+        let said = within(220 + BUDGET_MB, &text);
+        assert!(said.contains("a tensor of shape [50000000] brings the guest's to"), "{operation}: {said}");
+    }
 }

@@ -141,6 +141,9 @@ impl HostState {
     ) -> HostResult<Resource<TensorSlot>> {
         let entered = Instant::now();
         let x = self.tensor(&x)?;
+        if let Some(bytes_each) = written(name, x.kind()) {
+            self.check_room(&x.size(), bytes_each)?;
+        }
         let result = self.attempt(name, &[x], || op(x))?;
         self.clock.leave_host(entered);
         self.keep(result)
@@ -174,6 +177,24 @@ impl HostState {
         let result = self.attempt(name, &[x, y], || op(x, y))?;
         self.clock.leave_host(entered);
         self.keep(result)
+    }
+}
+
+/// Bytes that an operation on one tensor writes for each of its elements; none where it makes a view or fewer elements, which
+/// are counted when they are there.
+fn written(name: &str, kind: Kind) -> Option<usize> {
+    match name {
+        "sum" | "mean" | "max" | "min" | "logsumexp" | "sum_dim" | "mean_dim" | "max_dim" | "min_dim" | "argmax" => {
+            None
+        }
+        "flatten" | "detach" | "select" | "narrow" | "transpose" | "reshape" | "expand" | "squeeze" | "unsqueeze" => {
+            None
+        }
+        "logical_not" | "to_bool" | "eq_scalar" | "lt_scalar" | "gt_scalar" => Some(1),
+        "to_float" => Some(4),
+        "to_int" => Some(8),
+        "cumsum" if kind == Kind::Bool => Some(8),
+        _ => Some(kind.elt_size_in_bytes().max(4)),
     }
 }
 
