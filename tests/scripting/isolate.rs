@@ -173,6 +173,18 @@ fn a_script_that_hoards_is_ended_and_the_run_is_not() {
     assert_eq!(template.render(vec![row(5, "a")]).unwrap_err(), error, "it repeats its first error");
 }
 
+/// What no limit of the engine's sees: the row comes before the guest, and is there twice while it is read.
+#[test]
+fn a_process_that_reaches_its_own_memory_limit_says_so() {
+    let mut template = process("templates/summarize.rhai");
+    template.configure(&[MESSAGES.into()]).unwrap();
+    insta::assert_snapshot!(template.render(vec![row(4, &"x".repeat(250 << 20))]).unwrap_err(), @"
+    error: template `templates/summarize.rhai` failed on row 4
+    cause: its process had no more memory: the guest's 64 MiB and what it needs itself are used
+    hint: look for a value that grows and grows; `limits.memory_mb` raises the limit
+    ");
+}
+
 #[test]
 fn a_killed_process_is_named() {
     let mut template = process("templates/summarize.rhai");
