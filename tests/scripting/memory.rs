@@ -153,15 +153,16 @@ fn depth_of_values_fits_the_stack() {
     assert!(levels << 11 <= host::config::limits::SCRIPT_STACK);
 }
 
-/// Torch is not let write what exceeds `limits.tensors_mb`: each of these would take as much again, or twice.
+/// Torch is not let write what exceeds `limits.tensors_mb`: the script holds 191 MiB, to which each of these would add 114 or
+/// more.
 #[test]
 fn no_tensor_is_made_that_exceeds_the_limit() {
     for operation in ["exp()", "add_scalar(1)", "softmax(0)", "clamp(0, 1)", "cumsum(0)", "to_int()"] {
         let text = format!(
             "let run = host::open(); let step = run.next_step(); let batch = step.next_batch();
-             let t = host::full([50000000], 1); let u = t.{operation};"
+             let t = host::full([30000000], 1); let held = host::full([20000000], 1); let u = t.{operation};"
         );
-        let said = within(220 + BUDGET_MB, &text);
-        assert!(said.contains("a tensor of shape [50000000] brings the guest's to"), "{operation}: {said}");
+        let said = within(250, &text);
+        assert!(said.contains("a tensor of shape [30000000] brings the guest's to"), "{operation}: {said}");
     }
 }
