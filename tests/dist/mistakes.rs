@@ -463,6 +463,8 @@ fn templates_that_fail() {
       --> tests/scripting/guests/odd_template/src/lib.rs:LINE
     cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:LINE
     cause: row 20 is odd
+    cause: in `render` (tests/scripting/guests/odd_template/src/lib.rs:LINE)
+    cause: in `outcome` (tests/scripting/guests/odd_template/src/lib.rs:LINE)
     ");
     assert_snapshot!(fails(&case, WASM, &["tokenizer.prompt_template=recipes/lora_distributed.wasm"]), @"
     exit 2

@@ -124,6 +124,10 @@ impl RowTemplate for Native {
         Ok(columns.to_vec())
     }
 
+    fn renew(&mut self) -> host::Result<()> {
+        Ok(())
+    }
+
     fn render(&mut self, rows: Vec<Row>) -> host::Result<Vec<Outcome>> {
         let wrap = |mut message: Message| {
             if message.role == Role::User {

@@ -105,26 +105,32 @@ fn errors_are_the_same() {
     let odd = "target/guests/odd_template.wasm";
     insta::assert_snapshot!(both(odd, &["input"], &[row(7, "text"), row(8, "panics")]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on rows 7 to 8
-      --> tests/scripting/guests/odd_template/src/lib.rs:25
-    cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:25:25:
+      --> tests/scripting/guests/odd_template/src/lib.rs:27
+    cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:27:25:
     cause: row 8 is odd
+    cause: in `render` (tests/scripting/guests/odd_template/src/lib.rs:27)
+    cause: in `outcome` (tests/scripting/guests/odd_template/src/lib.rs:48)
     ");
     insta::assert_snapshot!(both(odd, &["input"], &[row(7, "loops")]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on row 7
-      --> tests/scripting/guests/odd_template/src/lib.rs:23
+      --> tests/scripting/guests/odd_template/src/lib.rs:25
     cause: the guest computed for more than 0.4 s without a turn of its loop
+    cause: in `render` (tests/scripting/guests/odd_template/src/lib.rs:25)
+    cause: in `outcome` (tests/scripting/guests/odd_template/src/lib.rs:48)
     hint: look for a loop that does not end; work on many numbers belongs into tensor operations
     ");
     insta::assert_snapshot!(both(odd, &["input"], &[row(7, "hoards")]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on row 7
-      --> tests/scripting/guests/odd_template/src/lib.rs:32
+      --> tests/scripting/guests/odd_template/src/lib.rs:34
     cause: the guest asked for 65 MiB of memory, and its limit is 64 MiB
     cause: memory allocation of 1048576 bytes failed
+    cause: in `render` (tests/scripting/guests/odd_template/src/lib.rs:34)
+    cause: in `outcome` (tests/scripting/guests/odd_template/src/lib.rs:48)
     hint: `limits.memory_mb` raises the limit
     ");
     insta::assert_snapshot!(both(odd, &["refused"], &[]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on the columns refused
-      --> tests/scripting/guests/odd_template/src/lib.rs:14
+      --> tests/scripting/guests/odd_template/src/lib.rs:16
     cause: column `refused` is refused
     hint: rename it
     ");

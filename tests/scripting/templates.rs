@@ -243,7 +243,7 @@ fn both_fronts_have_settings() {
     let mut wrong = opened(component, json!({"before": 3})).unwrap().open().unwrap();
     insta::assert_snapshot!(wrong.configure(&["a".into()]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on the columns a
-      --> tests/scripting/guests/odd_template/src/lib.rs:12
+      --> tests/scripting/guests/odd_template/src/lib.rs:14
     cause: `before` must be a text
     ");
 }
@@ -332,11 +332,11 @@ fn a_component_that_panics_repeats_its_first_error() {
     let error = template.render(vec![row(7, &[Some("text")]), row(8, &[Some("panics")])]).unwrap_err();
     insta::assert_snapshot!(error, @"
     error: template `target/guests/odd_template.wasm` failed on rows 7 to 8
-      --> tests/scripting/guests/odd_template/src/lib.rs:24
-    cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:24:25:
+      --> tests/scripting/guests/odd_template/src/lib.rs:27
+    cause: thread '<unnamed>' (1) panicked at tests/scripting/guests/odd_template/src/lib.rs:27:25:
     cause: row 8 is odd
-    cause: in `render` (tests/scripting/guests/odd_template/src/lib.rs:24)
-    cause: in `outcome` (tests/scripting/guests/odd_template/src/lib.rs:44)
+    cause: in `render` (tests/scripting/guests/odd_template/src/lib.rs:27)
+    cause: in `outcome` (tests/scripting/guests/odd_template/src/lib.rs:48)
     ");
     let again = template.render(vec![row(9, &[Some("text")])]).unwrap_err();
     assert_eq!(again.to_string(), error.to_string());
@@ -347,10 +347,10 @@ fn a_component_that_loops_is_ended() {
     let mut template = open("target/guests/odd_template.wasm", &tight(), &["input"]).unwrap();
     insta::assert_snapshot!(template.render(vec![row(7, &[Some("loops")])]).unwrap_err(), @"
     error: template `target/guests/odd_template.wasm` failed on row 7
-      --> tests/scripting/guests/odd_template/src/lib.rs:22
+      --> tests/scripting/guests/odd_template/src/lib.rs:25
     cause: the guest computed for more than 0.4 s without a turn of its loop
-    cause: in `render` (tests/scripting/guests/odd_template/src/lib.rs:22)
-    cause: in `outcome` (tests/scripting/guests/odd_template/src/lib.rs:44)
+    cause: in `render` (tests/scripting/guests/odd_template/src/lib.rs:25)
+    cause: in `outcome` (tests/scripting/guests/odd_template/src/lib.rs:48)
     hint: look for a loop that does not end; work on many numbers belongs into tensor operations
     ");
 }
@@ -360,7 +360,7 @@ fn a_component_may_refuse_its_columns() {
     let Err(error) = open("target/guests/odd_template.wasm", &tight(), &["refused"]) else { panic!("it refuses") };
     insta::assert_snapshot!(error, @"
     error: template `target/guests/odd_template.wasm` failed on the columns refused
-      --> tests/scripting/guests/odd_template/src/lib.rs:14
+      --> tests/scripting/guests/odd_template/src/lib.rs:16
     cause: column `refused` is refused
     hint: rename it
     ");

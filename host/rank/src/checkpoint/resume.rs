@@ -29,6 +29,7 @@ pub struct Identity {
     pub compat_torchtune: bool,
     pub shuffle: bool,
     /// What a loss guest was given; null of any other loss.
+    #[serde(default)]
     pub loss_settings: serde_json::Value,
     /// Rows of the training set, and the digest of their tokens.
     pub num_rows: usize,

@@ -49,7 +49,7 @@ pub fn open_template(guest: &GuestRef, limits: &GuestLimits) -> Result<SharedTem
 pub fn open_bytes(guest: &GuestRef, bytes: Vec<u8>, limits: &GuestLimits) -> Result<SharedTemplate> {
     let settings = Settings::of(guest, World::Template)?;
     let (path, limits) = (guest.path.clone(), limits.clone());
-    let digest = format!("{} {}", digest(&bytes), guest.settings);
+    let digest = digest_with_settings(guest, &bytes);
     Ok(match guest::of_bytes(&path, bytes, World::Template)? {
         Guest::Component(bytes) => {
             let pre = load_component(&path, &bytes, &limits)?;
@@ -68,6 +68,10 @@ pub fn digest(bytes: &[u8]) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(SDK_VERSION.as_bytes()).update(&[0]).update(bytes);
     hasher.finalize().to_string()
+}
+
+pub(super) fn digest_with_settings(guest: &GuestRef, bytes: &[u8]) -> String {
+    format!("{} {}", digest(bytes), guest.settings)
 }
 
 impl Blame {

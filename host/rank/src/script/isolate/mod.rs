@@ -22,7 +22,7 @@ pub use child::serve;
 pub use confine::{is_confined, layers, restrict_calls, restrict_files};
 pub use process::Process;
 
-use super::template::digest;
+use super::template::digest_with_settings;
 
 /// Opens a template whose file has these `bytes`; a mistake that opening finds is reported here.
 pub fn open_template(guest: &GuestRef, bytes: Vec<u8>, limits: &GuestLimits) -> Result<SharedTemplate> {
@@ -35,7 +35,7 @@ pub fn open_template(guest: &GuestRef, bytes: Vec<u8>, limits: &GuestLimits) -> 
 pub fn open_with(program: &Path, guest: &GuestRef, bytes: Vec<u8>, limits: &GuestLimits) -> Result<SharedTemplate> {
     let first = Process::start(program, guest, &bytes, limits)?;
     let (program, guest, limits) = (program.to_owned(), guest.clone(), limits.clone());
-    let digest = digest(&bytes);
+    let digest = digest_with_settings(&guest, &bytes);
     Ok(Arc::new(Isolated { program, guest, bytes, limits, digest, spare: Mutex::new(Some(first)) }))
 }
 
