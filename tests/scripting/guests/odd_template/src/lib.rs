@@ -47,7 +47,8 @@ impl Template for Odd {
         if row.get("input") != Some("pairs") {
             return self.render(row).map(Outcome::Keep);
         }
-        let [chosen, rejected] = ["better", "worse"].map(|answer| vec![Message::user(["u"]), Message::assistant([answer])]);
+        let [chosen, rejected] =
+            ["better", "worse"].map(|answer| vec![Message::user(["u"]), Message::assistant([answer])]);
         Ok(Outcome::Pair(Preference { chosen, rejected }))
     }
 }
