@@ -79,8 +79,9 @@ fn a_stopped_run_saves_and_resumes_bit_for_bit() {
 #[test]
 fn generation_stops_on_request() {
     let case = Case::new();
+    // Most seeds draw the end of the text before long; this one goes on for 2.5 s.
     let endless =
-        ["seed=1", "max_new_tokens=400", "temperature=1.0", "top_k=null", "enable_kv_cache=False", "echo_prompt=True"];
+        ["seed=36", "max_new_tokens=400", "temperature=1.0", "top_k=null", "enable_kv_cache=False", "echo_prompt=True"];
     let mut run =
         Running::start(&mut case.host(&[&["run", "generate", "--config", "generate.yaml"], &endless[..]].concat()));
     run.wait_for_output();
