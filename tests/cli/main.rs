@@ -3,6 +3,8 @@
 //! One snapshot a verb, and one for each mistake that is found before a worker starts.
 
 mod config;
+#[path = "../support/config.rs"]
+mod config_world;
 mod damage;
 mod dependencies;
 mod files;

@@ -5,9 +5,11 @@
 use std::path::Path;
 
 use host::config::Config;
-use host::config::resolve::{self, FileKind, Surroundings};
+use host::config::resolve;
 use host::error::Kind;
 use proptest::prelude::*;
+
+use crate::config_world::surroundings;
 
 /// A scalar, or what stands for another value.
 fn leaf() -> impl Strategy<Value = String> {
@@ -91,15 +93,7 @@ fn read(text: &str) -> Result<(), TestCaseError> {
     };
     prop_assert!(config.to_yaml().len() < 32 << 20);
     let _ = config.print(true, true);
-    let around = Surroundings {
-        seed: 1,
-        cwd: "/home/me".into(),
-        shipped: vec!["/home/me".into()],
-        cache_dir: None,
-        kind: &|path| Some(if path.ends_with("data") { FileKind::Folder } else { FileKind::File }),
-        files_below: &|_| vec!["train.jsonl".to_owned(), "validation.jsonl".to_owned()],
-        metadata: &|_| Ok(Default::default()),
-    };
+    let around = surroundings();
     resolve::train(&config, Path::new("r.wasm"), &around).map_or_else(found, |_| Ok(()))
 }
 

@@ -7,6 +7,15 @@ use serde_json::json;
 
 use crate::support::{Linear, run_with, tight};
 
+/// The types that a failure is made of, as an import of `host:sdk/types` has them.
+pub const FAILURE: &str = r#"
+            (type $c (enum "invalid" "shape" "missing" "denied" "limit" "data" "collective" "unsupported" "internal"))
+            (export "code" (type $code (eq $c)))
+            (type $e (record (field "code" $code) (field "message" string) (field "hint" (option string))))
+            (export "error" (type $error (eq $e)))
+            (type $f (record (field "error" $error) (field "at" (option string))))
+            (export "failure" (type $failure (eq $f)))"#;
+
 /// What a recipe imports and exports, around the core module `$m`.
 fn recipe(module: &str) -> String {
     component(
@@ -18,12 +27,7 @@ fn recipe(module: &str) -> String {
 fn component(modules: &str, instances: &str) -> String {
     let imports = r#"
         (import "host:sdk/types@VERSION" (instance $types
-            (type $c (enum "invalid" "shape" "missing" "denied" "limit" "data" "collective" "unsupported" "internal"))
-            (export "code" (type $code (eq $c)))
-            (type $e (record (field "code" $code) (field "message" string) (field "hint" (option string))))
-            (export "error" (type $error (eq $e)))
-            (type $f (record (field "error" $error) (field "at" (option string))))
-            (export "failure" (type $failure (eq $f)))
+            FAILURE
             (export "log" (func (param "message" string)))))
         (alias export $types "failure" (type $failure))
         (core module $libc (memory (export "memory") 1 1000))
@@ -32,7 +36,10 @@ fn component(modules: &str, instances: &str) -> String {
     let main = r#"
         (func (export "main") (result (result (error $failure)))
             (canon lift (core func $i "main") (memory $i "memory")))"#;
-    format!("(component {} {modules} {instances} {main})", imports.replace("VERSION", SDK_VERSION))
+    format!(
+        "(component {} {modules} {instances} {main})",
+        imports.replace("VERSION", SDK_VERSION).replace("FAILURE", FAILURE)
+    )
 }
 
 /// One that returns at once, with `fields` besides.

@@ -6,6 +6,7 @@ use host_rank::script::{SDK_VERSION, isolate, template};
 use insta::assert_snapshot;
 use serde_json::json;
 
+use crate::handmade::FAILURE;
 use crate::support::tight;
 
 /// A template with these two functions over memory that begins with `data`. Its allocator never frees. Types that an exported
@@ -15,12 +16,7 @@ fn component(configure: &str, render: &str, data: &[u8]) -> Vec<u8> {
     let text = format!(
         r#"(component
             (import "host:sdk/types@{SDK_VERSION}" (instance $types
-                (type $c (enum "invalid" "shape" "missing" "denied" "limit" "data" "collective" "unsupported" "internal"))
-                (export "code" (type $code (eq $c)))
-                (type $e (record (field "code" $code) (field "message" string) (field "hint" (option string))))
-                (export "error" (type $error (eq $e)))
-                (type $f (record (field "error" $error) (field "at" (option string))))
-                (export "failure" (type $failure (eq $f)))
+                {FAILURE}
                 (type $v (variant (case "none") (case "flag" bool) (case "int" s64) (case "num" f64) (case "text" string)))
                 (export "value" (type $value (eq $v)))
                 (type $s (record (field "name" string) (field "value" $value)))

@@ -21,5 +21,7 @@ mod support;
 mod surface;
 mod templates;
 
+#[path = "../support/config.rs"]
+mod config_world;
 #[path = "../../host/xtask/src/sdk_gen.rs"]
 mod sdk_gen;

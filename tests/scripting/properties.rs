@@ -7,13 +7,14 @@ use std::path::Path;
 
 use host::config::Config;
 use host::config::plan::GuestLimits;
-use host::config::resolve::{self, FileKind, Surroundings};
+use host::config::resolve;
 use host::error::{Kind, Location};
 use host::worker::StopFlag;
 use proptest::prelude::*;
 use serde_json::json;
 use serde_yaml::Value;
 
+use crate::config_world::surroundings;
 use crate::support::{Linear, Record, run_with};
 
 const SHIPPED: &str = include_str!("../../configs/smollm2/135M_lora_summarize.yaml");
@@ -39,15 +40,7 @@ fn in_both(what: &str, script: &str, config: serde_json::Value) -> [(Record, Vec
 /// The settings that a plan gives a recipe, from a config whose section `recipe` is this.
 fn planned(section: &str) -> host::Result<serde_json::Value> {
     let config = Config::parse(&format!("{SHIPPED}\nrecipe:\n{section}"), Path::new("c.yaml"), &[])?;
-    let around = Surroundings {
-        seed: 1,
-        cwd: "/home/me".into(),
-        shipped: vec!["/home/me".into()],
-        cache_dir: None,
-        kind: &|path| Some(if path.ends_with("data") { FileKind::Folder } else { FileKind::File }),
-        files_below: &|_| vec!["train.jsonl".to_owned(), "validation.jsonl".to_owned()],
-        metadata: &|_| Ok(Default::default()),
-    };
+    let around = surroundings();
     Ok(resolve::train(&config, Path::new("r.wasm"), &around)?.plan.config["recipe"].clone())
 }
 

@@ -19,6 +19,7 @@ use super::guest::Blame;
 use super::handles::Slab;
 use super::limits::{Clock, PEAKS, Peaks, ScriptMemory};
 use super::log::SharedLog;
+use super::settings::value_of;
 use super::tensors::TensorSlot;
 use super::training::{BatchInfo, Training};
 use crate::metrics;
@@ -453,24 +454,14 @@ impl training::HostRun for HostState {
 
     fn config(&mut self, _run: Resource<Run>, key: String) -> HostResult<types::Value> {
         use serde_json::Value as Json;
-        use types::Value;
-        let unsupported = |what: &str| {
+        let Some(found) = self.training()?.config(&key) else {
+            return Err(HostError::guest(types::Code::Missing, format!("the config has no key `{key}`")));
+        };
+        value_of(&found).ok_or_else(|| {
+            let what = if matches!(found, Json::Array(_)) { "list" } else { "section" };
             HostError::guest(types::Code::Unsupported, format!("config key `{key}` is a {what}, not a single value"))
                 .hint(format!("name a key below it, such as `{key}.…`"))
-        };
-        match self.training()?.config(&key) {
-            None => Err(HostError::guest(types::Code::Missing, format!("the config has no key `{key}`"))),
-            Some(Json::Null) => Ok(Value::None),
-            Some(Json::Bool(flag)) => Ok(Value::Flag(flag)),
-            Some(Json::Number(number)) => match (number.as_i64(), number.as_f64()) {
-                (Some(int), _) => Ok(Value::Int(int)),
-                (None, Some(num)) => Ok(Value::Num(num)),
-                (None, None) => Err(HostError::guest(types::Code::Unsupported, format!("`{key}` is out of range"))),
-            },
-            Some(Json::String(text)) => Ok(Value::Text(text)),
-            Some(Json::Array(_)) => Err(unsupported("list")),
-            Some(Json::Object(_)) => Err(unsupported("section")),
-        }
+        })
     }
 
     fn drop(&mut self, run: Resource<Run>) -> wasmtime::Result<()> {

@@ -213,7 +213,9 @@ fn split_version(name: &str) -> (&str, Option<&str>) {
 /// Versions that differ in their last number only: a later one has more functions, and all of the earlier ones as they were. A
 /// guest that uses one of those is told when it is linked.
 fn is_offered(version: &str) -> bool {
-    let minor = |version: &'_ str| version.rsplit_once('.').map(|(minor, _)| minor.to_owned());
+    fn minor(version: &str) -> Option<&str> {
+        version.rsplit_once('.').map(|(minor, _)| minor)
+    }
     minor(version) == minor(SDK_VERSION)
 }
 

@@ -47,14 +47,15 @@ impl Settings {
     }
 }
 
-fn value_of(value: &Json) -> Option<Value> {
+/// A value of the config as a guest is given it; none of a list or a section.
+pub fn value_of(value: &Json) -> Option<Value> {
     Some(match value {
         Json::Null => Value::None,
         Json::Bool(flag) => Value::Flag(*flag),
         Json::String(text) => Value::Text(text.clone()),
-        Json::Number(number) => match (number.as_i64(), number.as_f64()) {
-            (Some(int), _) => Value::Int(int),
-            (None, num) => Value::Num(num?),
+        Json::Number(number) => match number.as_i64() {
+            Some(int) => Value::Int(int),
+            None => Value::Num(number.as_f64()?),
         },
         Json::Array(_) | Json::Object(_) => return None,
     })
