@@ -149,6 +149,18 @@ fn script_with_a_syntax_error() {
 }
 
 #[test]
+fn script_that_wants_what_is_around_a_closure() {
+    let script = b"fn configure(columns) { [\"messages\"] }\nfn render(row, settings) { row.messages.map(|m| m.wrap(settings.a, \"\")) }";
+    insta::assert_snapshot!(file_error("t.rhai", script), @"
+    error: cannot read the script `[DIR]/t.rhai`
+      --> [DIR]/t.rhai:2:56
+    cause: Undefined variable: settings
+    hint: a function, `|x| …` too, sees its parameters alone; a `for` loop sees what is around it
+    hint: `const` makes what `global::NAME` reads
+    ");
+}
+
+#[test]
 fn template_with_settings() {
     let guest = GuestRef { settings: json!({"language": "de"}), ..guest("templates/summarize.rhai") };
     let Err(error) = open_template(&guest, &GuestLimits::default()) else { panic!("settings are refused") };

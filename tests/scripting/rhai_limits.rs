@@ -218,7 +218,8 @@ fn what_is_not_to_be_had() {
     error: cannot read the script `[DIR]/recipe.rhai`
       --> [DIR]/recipe.rhai:1:40
     cause: Undefined variable: g
-    hint: a function, `|x| …` too, sees its parameters alone; `const` makes what `global::NAME` reads
+    hint: a function, `|x| …` too, sees its parameters alone; a `for` loop sees what is around it
+    hint: `const` makes what `global::NAME` reads
     ");
     assert_snapshot!(script_error("import \"/etc/passwd\" as p;"), @"
     error: cannot read the script `[DIR]/recipe.rhai`

@@ -89,7 +89,8 @@ fn a_script_cannot_count_its_rows() {
     error: cannot read the script `[DIR]/t.rhai`
       --> [DIR]/t.rhai:1:32
     cause: Undefined variable: seen
-    hint: a function, `|x| …` too, sees its parameters alone; `const` makes what `global::NAME` reads
+    hint: a function, `|x| …` too, sees its parameters alone; a `for` loop sees what is around it
+    hint: `const` makes what `global::NAME` reads
     ");
     assert_snapshot!(of("const SEEN = []; fn render(row) { global::SEEN.push(1); [user(`${global::SEEN.len()}`)] }").unwrap_err(), @"
     error: template `[DIR]/t.rhai` failed on row 0

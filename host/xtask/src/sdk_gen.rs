@@ -688,7 +688,8 @@ A template script defines `fn render(row)`, which gives back an array of message
 `row` is a map from column to string, `()` where the row has no value; `row.messages`, the row as a conversation, is an
 array of messages. `fn configure(columns)`, if there is one, is called once before any row and gives back the columns that
 `render` reads; without it those are the config's, or `messages` where the data set has none. Either may take `settings` as a
-second argument: the other keys of the section that names the template, as a map. `render` sees no variable of another row.
+second argument: the other keys of the section that names the template, as a map. `render` sees no variable of another row,
+and `|x| …` none of the function around it: a `for` loop does.
 
 | function | |
 | --- | --- |

@@ -494,11 +494,21 @@ pub fn parse(path: &Path, text: &str, engine: &Engine) -> Result<AST> {
             .cause(super::log::clean_line(&kind.to_string()));
         match *kind {
             // It is there, but elsewhere.
-            ParseErrorType::VariableUndefined(name) if text.contains(&format!("let {name} ")) => error
-                .hint("a function, `|x| …` too, sees its parameters alone; `const` makes what `global::NAME` reads"),
+            ParseErrorType::VariableUndefined(name) if is_defined(text, &name) => error
+                .hint("a function, `|x| …` too, sees its parameters alone; a `for` loop sees what is around it")
+                .hint("`const` makes what `global::NAME` reads"),
             _ => error,
         }
     })
+}
+
+/// Whether a variable or a function's parameter has this name somewhere in a script.
+fn is_defined(text: &str, name: &str) -> bool {
+    let is_parameter = |line: &str| {
+        let parameters = line.trim_start().strip_prefix("fn ").and_then(|rest| rest.split(['(', ')']).nth(1));
+        parameters.is_some_and(|parameters| parameters.split(',').any(|parameter| parameter.trim() == name))
+    };
+    text.contains(&format!("let {name} ")) || text.lines().any(is_parameter)
 }
 
 /// A failed script as an error: the host's own failure unchanged, else where in the script it was and why.
