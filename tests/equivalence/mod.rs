@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use host::config::plan::{Layout, ModelPlan, TrainPlan};
 use host_rank::train::{Opened, Start};
-use tch::{Device, Kind, Reduction, Tensor};
+use tch::{Kind, Reduction, Tensor};
 
 use crate::support::{self, Finished};
 
@@ -161,7 +161,7 @@ fn a_run_resumes_on_another_rank_count() {
 
 fn open(checkpoint_dir: &Path, adapter: Option<PathBuf>) -> Opened {
     let plan = ModelPlan { checkpoint_dir: checkpoint_dir.into(), checkpoint_files: vec![], lora: None, adapter };
-    Opened::open(&plan, Kind::Float, Device::Cpu, None).unwrap()
+    Opened::open(&plan, Kind::Float, support::device(), None).unwrap()
 }
 
 /// The summed cross-entropy of the first `rows` recorded rows by their logits, and the number of their labels.
@@ -215,7 +215,7 @@ fn the_checkpoint_of_full_fine_tuning_is_the_model() {
     assert!(!checkpoint.join("adapter").exists());
     let plan = ModelPlan { checkpoint_dir: checkpoint.clone(), checkpoint_files: vec![], lora: None, adapter: None };
     let start = Some(Start { seed: 0, adapter_kind: Kind::Float });
-    let again = Opened::open(&plan, Kind::Float, Device::Cpu, start).unwrap().trained.unwrap();
+    let again = Opened::open(&plan, Kind::Float, support::device(), start).unwrap().trained.unwrap();
     assert_eq!(Vec::<f32>::try_from(again.flat().numbers.detach()).unwrap(), trained);
     let [base, after] = [support::tiny_model(), checkpoint].map(|dir| losses(&open(&dir, None), 16).0);
     assert!(after < 0.95 * base, "nothing was learnt: {base}, {after}");

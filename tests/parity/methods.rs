@@ -76,6 +76,11 @@ fn compare(steps: &[Value], file: &str, curve: &str, metrics: &[(&str, f64)]) {
         assert!((norm - expected).abs() < 1e-4 * expected, "{curve}, step {}: norm {norm}, not {expected}", index + 1);
         for (name, tolerance) in metrics {
             let (found, expected) = both(name);
+            // Before the first update both models are one, and a GPU computes them with and without a graph by kernels of
+            // its choice: which answer wins is rounding. A CPU does the same both times.
+            if index == 0 && *name == "rewards/accuracies" && support::device() != tch::Device::Cpu {
+                continue;
+            }
             assert!(
                 (found - expected).abs() < *tolerance,
                 "{curve}, step {}: {name} {found}, not {expected}",
@@ -146,7 +151,8 @@ fn full_dpo_is_trls_and_torchtunes() {
             compare(&steps, "curves/dpo.json", curve, REWARDS);
         }
         assert!((steps[0]["loss"].as_f64().unwrap() - 2f64.ln()).abs() < 1e-7);
-        assert_eq!(steps[0]["rewards/margins"].as_f64().unwrap(), 0.0);
+        let rounding = if support::device() == tch::Device::Cpu { 0.0 } else { 1e-5 };
+        assert!(steps[0]["rewards/margins"].as_f64().unwrap().abs() <= rounding);
     }
 }
 

@@ -181,7 +181,7 @@ fn gradients_of_one_step_match_pytorch() {
         for (name, ours) in gradients {
             let theirs = recorded.load(&format!("base_model.model.{name}"), &ours.size(), Kind::Float, Device::Cpu);
             let theirs = theirs.unwrap();
-            let distance = ((&ours - &theirs).norm() / theirs.norm()).double_value(&[]);
+            let distance = ((ours.to_device(Device::Cpu) - &theirs).norm() / theirs.norm()).double_value(&[]);
             assert!(distance < 1e-5, "{name} differs by {distance:e} in {layout:?}");
         }
     }
@@ -192,7 +192,7 @@ fn gradients_of_one_step_match_pytorch() {
 fn greedy_continuations_match_transformers() {
     let plan = support::golden_plan(&std::env::temp_dir()).model;
     let plan = host::config::plan::ModelPlan { lora: None, ..plan };
-    let opened = Opened::open(&plan, Kind::Float, Device::Cpu, None).unwrap();
+    let opened = Opened::open(&plan, Kind::Float, support::device(), None).unwrap();
     let recorded = support::golden("greedy.json");
     let ids = |value: &serde_json::Value| -> Vec<i64> {
         value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
@@ -202,7 +202,7 @@ fn greedy_continuations_match_transformers() {
         let prompt = ids(&case["prompt"]);
         for cached in [true, false] {
             let mut made = Vec::new();
-            continue_tokens(&opened.model, &prompt, greedy, 32, cached, Device::Cpu, |token| {
+            continue_tokens(&opened.model, &prompt, greedy, 32, cached, support::device(), |token| {
                 made.push(token);
                 Ok(token != 4089)
             })
@@ -255,7 +255,7 @@ fn a_torchtune_adapter_is_read_as_torchtune_converts_it() {
             lora: lora.cloned(),
             adapter: Some(families.join(adapter)),
         };
-        let opened = Opened::open(&plan, Kind::Float, Device::Cpu, None).map_err(|error| error.to_string())?;
+        let opened = Opened::open(&plan, Kind::Float, support::device(), None).map_err(|error| error.to_string())?;
         Ok::<_, String>(Vec::<f32>::try_from(opened.trained.unwrap().flat().numbers.detach()).unwrap())
     };
     let theirs = parameters("torchtune_adapter", None).unwrap();
@@ -293,7 +293,7 @@ fn logits_of_every_family_match_transformers() {
             lora: None,
             adapter: None,
         };
-        Opened::open(&plan, Kind::Float, Device::Cpu, None).unwrap()
+        Opened::open(&plan, Kind::Float, support::device(), None).unwrap()
     };
     // Folder of the weights, folder of the config and the recorded logits.
     let cases = ["llama2", "code_llama", "llama3", "llama3_1", "llama3_2", "llama_bias", "mistral", "qwen2", "qwen3"]
@@ -322,7 +322,7 @@ fn logits_of_every_family_match_transformers() {
                 made.push(token);
                 Ok(true)
             };
-            continue_tokens(&opened.model, &tokens[..20], greedy, 12, cached, Device::Cpu, keep).unwrap();
+            continue_tokens(&opened.model, &tokens[..20], greedy, 12, cached, support::device(), keep).unwrap();
             made
         };
         assert_eq!(continued(true), continued(false), "{weights}: the KV cache changes what is written");

@@ -10,6 +10,19 @@ use host_rank::train::{Inputs, Run, Tokens};
 use serde_json::Value;
 use tch::{Device, Tensor};
 
+/// Where the numbers are computed: the CPU, or what `HOST_TEST_DEVICE=cuda` names (`cargo xtask gpu`).
+pub fn device() -> Device {
+    static DEVICE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+    *DEVICE.get_or_init(|| match std::env::var("HOST_TEST_DEVICE").as_deref() {
+        Ok("cuda") => {
+            let libtorch = host::libtorch::find().unwrap();
+            host_rank::device::open(DevicePlan::Cuda, 0, &libtorch.lib_dir).unwrap()
+        }
+        Ok(other) => panic!("HOST_TEST_DEVICE={other}: `cuda`, or nothing for the CPU"),
+        Err(_) => Device::Cpu,
+    })
+}
+
 pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
 }
@@ -218,7 +231,7 @@ pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port:
         None => training,
     };
     let tokens = Tokens { training, validation, pad: 4090 };
-    Run::with_data(plan, inputs, tokens, Device::Cpu, group).unwrap()
+    Run::with_data(plan, inputs, tokens, device(), group).unwrap()
 }
 
 /// Drives a run and returns the gradients of each step, flat, as this rank has them.

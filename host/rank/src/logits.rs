@@ -30,12 +30,14 @@ pub fn write(model: &Path, tokens: &Path, out: &Path) -> Result<()> {
     files::write_tensors(out, written)
 }
 
-/// Logits `[T, V]` of one sequence.
+/// Logits `[T, V]` of one sequence, in host memory.
 pub fn of(opened: &Opened, sequence: &[i64]) -> Result<Tensor> {
     let _no_grad = tch::no_grad_guard();
+    let device = opened.model.device();
     let length = sequence.len() as i64;
     let bounds = [0, length];
-    let positions = Tensor::arange(length, (Kind::Int64, Device::Cpu));
+    let positions = Tensor::arange(length, (Kind::Int64, device));
     let forward = opened.model.forward(&positions, &bounds);
-    opened.model.logits(&Tensor::from_slice(sequence), &forward, None, None)
+    let tokens = Tensor::from_slice(sequence).to_device(device);
+    Ok(opened.model.logits(&tokens, &forward, None, None)?.to_device(Device::Cpu))
 }

@@ -3,7 +3,7 @@
 
 use host::Result;
 use host::hf::ModelConfig;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::model::builder::Builder;
 use crate::model::layers::{Attention, Forward, Head, Mlp, RmsNorm};
@@ -39,6 +39,11 @@ impl Llama {
         };
         let norm = model.rms_norm("norm", config.hidden_size, config.rms_norm_eps)?;
         Ok(Self { config: config.clone(), embedding, layers, norm, head: Head(head), rope: root.rope(config) })
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.embedding.device()
     }
 
     /// What a forward over `positions` `[T]` needs, without dropout.
