@@ -68,6 +68,18 @@ fn not_text() {
 }
 
 #[test]
+fn nccl_on_a_cpu() {
+    let case = Case::new();
+    assert_snapshot!(case.validate(&["distributed_backend=nccl"]), @"
+    exit 2
+    --- stderr
+    error: `distributed_backend: nccl` moves the memory of GPUs, and `device` is cpu
+      --> command line
+    hint: leave it out: on a CPU it is gloo, on a GPU nccl
+    ");
+}
+
+#[test]
 fn a_list() {
     assert_snapshot!(Case::with("- output_dir: out\n- epochs: 1\n").validate(&[]), @"
     exit 2

@@ -16,6 +16,22 @@ use crate::gguf_fixture::tiny_llama;
 
 const TWO_RANKS: &[&str] = &["--nproc", "2", "gradient_accumulation_steps=2"];
 
+/// GPU halves, NCCL and RCCL are found at run time: what is built here starts wherever libtorch's CPU half does.
+#[test]
+fn the_programs_need_no_vendors_library() {
+    for name in ["host", "host-rank"] {
+        let program = std::path::Path::new(env!("CARGO_BIN_EXE_host-rank")).with_file_name(name);
+        let listed = std::process::Command::new("readelf").arg("-d").arg(&program).output().unwrap();
+        let listed = String::from_utf8(listed.stdout).unwrap();
+        let needed: Vec<&str> = listed.lines().filter(|line| line.contains("(NEEDED)")).collect();
+        assert!(needed.iter().any(|line| line.contains("libc.so")), "{listed}");
+        assert_eq!(needed.iter().any(|line| line.contains("libtorch_cpu.so")), name == "host-rank", "{listed}");
+        let vendors = ["cuda", "nccl", "cublas", "cudnn", "hip", "rccl", "rocm", "amd"];
+        let found = needed.iter().find(|line| vendors.iter().any(|vendor| line.contains(vendor)));
+        assert_eq!(found, None, "{name}");
+    }
+}
+
 #[track_caller]
 fn assert_close(one: &[f64], other: &[f64]) {
     assert_eq!(one.len(), other.len());

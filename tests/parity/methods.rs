@@ -72,13 +72,18 @@ fn compare(steps: &[Value], file: &str, curve: &str, metrics: &[(&str, f64)]) {
         let distance = (loss - expected).abs();
         worst = worst.max(distance);
         assert!(distance < tolerance, "{curve}, step {}: the loss is {loss}, not {expected}", index + 1);
+        // Before the first update both models are one, and a GPU computes them with and without a graph by kernels of its
+        // choice: which answer wins, and on which side of its kink kto_pair is, is rounding. A CPU does the same both times.
+        let is_rounding = support::device() != tch::Device::Cpu && recorded["rewards/margins"].as_f64() == Some(0.0);
         let (norm, expected) = both("grad_norm");
-        assert!((norm - expected).abs() < 1e-4 * expected, "{curve}, step {}: norm {norm}, not {expected}", index + 1);
+        assert!(
+            is_rounding || (norm - expected).abs() < 1e-4 * expected,
+            "{curve}, step {}: norm {norm}, not {expected}",
+            index + 1
+        );
         for (name, tolerance) in metrics {
             let (found, expected) = both(name);
-            // Before the first update both models are one, and a GPU computes them with and without a graph by kernels of
-            // its choice: which answer wins is rounding. A CPU does the same both times.
-            if index == 0 && *name == "rewards/accuracies" && support::device() != tch::Device::Cpu {
+            if is_rounding && *name == "rewards/accuracies" {
                 continue;
             }
             assert!(

@@ -125,6 +125,7 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
             log_level: "INFO".into(),
         },
         device: DevicePlan::Cpu,
+        collectives: CollectivesPlan::Gloo,
         dtype: Dtype::Fp32,
         compat_torchtune: false,
         limits: GuestLimits::default(),
@@ -213,7 +214,12 @@ pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port:
         libtorch_lib: PathBuf::new(),
         report: None,
     };
-    let group = Group::join(&env).unwrap();
+    let mut group = Group::join(&env).unwrap();
+    // Ranks of one process share a GPU here, which NCCL does not allow.
+    if world == 1 && device() != Device::Cpu {
+        let libtorch = host::libtorch::find().unwrap();
+        group.attach(CollectivesPlan::Nccl, device(), &libtorch.lib_dir).unwrap();
+    }
     let inputs = Inputs {
         env,
         templates: vec![],

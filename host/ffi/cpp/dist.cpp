@@ -10,6 +10,7 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <chrono>
+#include <functional>
 #include <memory>
 
 namespace host {
@@ -22,6 +23,13 @@ struct Store {
 
 struct Group {
   c10::intrusive_ptr<c10d::ProcessGroupGloo> inner;
+};
+
+// A collective under way, what is done after it, and the tensors it reads and writes until then.
+struct Work {
+  c10::intrusive_ptr<c10d::Work> inner;
+  std::function<void()> finish;
+  std::vector<at::Tensor> keep;
 };
 
 namespace {
@@ -139,3 +147,39 @@ extern "C" char* host_group_all_gather(const host::Group* group, const at::Tenso
     *out = host::give(at::stack(outputs[0]).to(tensor->device()));
   });
 }
+
+// `whole` receives the shards of all ranks, one after another. Tensors of host memory.
+extern "C" char* host_group_all_gather_into(const host::Group* group, const at::Tensor* whole, const at::Tensor* shard,
+                                            host::Work** out) {
+  return host::guard([&] {
+    const at::NoGradGuard no_grad;
+    at::Tensor into = whole->detach().view({-1}), from = shard->detach().contiguous().view({-1});
+    auto work = group->inner->_allgather_base(into, from);
+    *out = new host::Work{std::move(work), [] {}, {into, from}};
+  });
+}
+
+// Every rank sends each other its part and adds up what it receives by rank: as many bytes as a ring moves, and the order
+// of the sum does not depend on the network.
+extern "C" char* host_group_reduce_scatter_sum(const host::Group* group, const at::Tensor* shard, const at::Tensor* whole,
+                                               host::Work** out) {
+  return host::guard([&] {
+    const at::NoGradGuard no_grad;
+    at::Tensor into = shard->detach(), from = whole->detach().contiguous();
+    at::Tensor parts = at::empty({group->inner->getSize(), into.numel()}, from.options());
+    std::vector<int64_t> even;
+    at::Tensor received = parts.view({-1}), sent = from.view({-1});
+    auto work = group->inner->alltoall_base(received, sent, even, even);
+    *out = new host::Work{std::move(work), [into, parts] { into.copy_(parts.sum(0).view_as(into)); }, {from}};
+  });
+}
+
+extern "C" char* host_work_wait(host::Work* work) {
+  return host::guard([&] {
+    const at::NoGradGuard no_grad;
+    work->inner->wait();
+    work->finish();
+  });
+}
+
+extern "C" void host_work_free(host::Work* work) { delete work; }

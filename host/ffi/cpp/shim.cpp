@@ -4,5 +4,6 @@
 #include "dist.cpp"
 #include "linear.cpp"
 #include "loss.cpp"
+#include "nccl.cpp"
 #include "norm_rope.cpp"
 #include "training.cpp"

@@ -1,15 +1,17 @@
-//! Ranks that talk: c10d's TCP store for meeting, Gloo for collectives on host memory.
+//! Ranks that talk: c10d's TCP store for meeting, Gloo for collectives on host memory, NCCL or RCCL on a device's.
 //!
-//! A group of one is the same type and does nothing, so that no caller asks how many ranks there are. Tensors of a device
-//! are staged through host memory. Collectives must be called by all ranks in the same order. After an error a group is
-//! unusable: the ranks no longer agree where they are.
+//! A group of one is the same type and does nothing, so that no caller asks how many ranks there are. Without
+//! [`Group::attach`] tensors of a device are staged through host memory. Collectives must be called by all ranks in the
+//! same order. After an error a group is unusable: the ranks no longer agree where they are.
 
+use std::cell::Cell;
 use std::ffi::{CString, c_char};
 use std::net::{ToSocketAddrs, UdpSocket};
 use std::time::Duration;
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
+use crate::nccl::{self, Nccl, NcclWork};
 use crate::{FfiError, Result, check, new_tensor, sys};
 
 /// The place where ranks meet and exchange small values: c10d's TCPStore.
@@ -125,6 +127,9 @@ fn store_error(host: &str, port: u16, is_server: bool, timeout: Duration, cause:
 pub struct Group {
     /// Null for a group of one.
     raw: *mut sys::Group,
+    /// What moves a device's memory.
+    nccl: Option<Nccl>,
+    received: Cell<u64>,
     rank: usize,
     world_size: usize,
     timeout: Duration,
@@ -136,7 +141,14 @@ unsafe impl Send for Group {}
 impl Group {
     /// A group of one: every collective is the identity.
     pub fn alone() -> Self {
-        Self { raw: std::ptr::null_mut(), rank: 0, world_size: 1, timeout: Duration::ZERO }
+        Self {
+            raw: std::ptr::null_mut(),
+            nccl: None,
+            received: Cell::new(0),
+            rank: 0,
+            world_size: 1,
+            timeout: Duration::ZERO,
+        }
     }
 
     /// Joins the group `name` as `rank` of `world_size`; returns when all ranks have joined.
@@ -177,7 +189,7 @@ impl Group {
             )
         });
         made.map_err(|e| FfiError(format!("rank {rank} of {world_size} could not join the group `{name}`: {}", e.0)))?;
-        let group = Self { raw, rank, world_size, timeout };
+        let group = Self { raw, nccl: None, received: Cell::new(0), rank, world_size, timeout };
         // From here on the timeout is that of the collectives.
         group.barrier()?;
         Ok(group)
@@ -193,13 +205,71 @@ impl Group {
         self.world_size
     }
 
+    /// From now on collectives on tensors of device `cuda:device` run there, through `library` ([`nccl::library_of`]).
+    ///
+    /// Every rank has to call it, each with a device of its own. `timeout` is how long a collective may take from being
+    /// queued; one that takes longer is named by the next call, and what waits for it on the device ends. A group of one
+    /// may attach too: its collectives then pass through the library and change nothing.
+    pub fn attach(&mut self, library: &str, device: usize, timeout: Duration) -> Result<()> {
+        // Rank 0 fails alone where the library cannot be loaded: the others hear of it by an empty name.
+        let made = if self.rank == 0 { nccl::unique_id(library) } else { nccl::version(library).map(|_| vec![]) };
+        let failed = self.all_gather(&Tensor::from_slice(&[i64::from(made.is_err())]))?;
+        let mut id = made?;
+        if failed.sum(Kind::Int64).int64_value(&[]) > 0 {
+            return Err(FfiError(format!("rank {}: another rank cannot use `{library}`", self.rank)));
+        }
+        if self.world_size > 1 {
+            id.resize(128, 0);
+            let sent = Tensor::from_slice(&id);
+            self.broadcast(&sent, 0)?;
+            id = Vec::try_from(sent)?;
+        }
+        let place = (c_int(self.rank)?, c_int(self.world_size)?);
+        self.timeout = timeout;
+        self.nccl = Some(Nccl::join(library, &id, place, device, timeout)?);
+        Ok(())
+    }
+
+    /// Which optimizer step messages are to name from now on.
+    pub fn set_step(&self, step: usize) {
+        if let Some(nccl) = &self.nccl {
+            nccl.set_step(i64::try_from(step).unwrap_or(i64::MAX));
+        }
+    }
+
+    /// Fails when a collective on a device has failed or timed out since it was queued. To be asked before a result that
+    /// was read from the device is believed.
+    pub fn check(&self) -> Result<()> {
+        self.nccl.as_ref().map_or(Ok(()), Nccl::check).map_err(|e| self.collective_error("a collective", &e.0))
+    }
+
+    /// Bytes that collectives on tensors have brought to this rank since the last call, by the formula of the ring: with `n` ranks an
+    /// all-reduce of `S` bytes brings `2 S (n - 1) / n`, an all-gather or a reduce-scatter `S (n - 1) / n` of the whole.
+    pub fn take_bytes_received(&self) -> u64 {
+        self.received.take()
+    }
+
+    /// What moves `tensor`, where that is not Gloo.
+    fn of_device(&self, tensor: &Tensor) -> Option<&Nccl> {
+        self.nccl.as_ref().filter(|_| tensor.device() != Device::Cpu)
+    }
+
+    /// Counts `passes` of a tensor over the ring.
+    fn count(&self, whole: &Tensor, passes: u64) {
+        let bytes = whole.numel() as u64 * whole.kind().elt_size_in_bytes() as u64;
+        let ranks = self.world_size as u64;
+        self.received.set(self.received.get() + passes * bytes * (ranks - 1) / ranks);
+    }
+
     /// Replaces `tensor`, in place and on every rank, by the sum over all ranks. Same shape and dtype everywhere.
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<()> {
-        if self.raw.is_null() {
-            return Ok(());
-        }
-        // SAFETY: group and tensor are live; the call returns when the collective is done.
-        let done = check(unsafe { sys::host_group_all_reduce_sum(self.raw, tensor.as_ptr()) });
+        self.count(tensor, 2);
+        let done = match self.of_device(tensor) {
+            Some(nccl) => nccl.all_reduce_sum(tensor),
+            None if self.raw.is_null() => Ok(()),
+            // SAFETY: group and tensor are live; the call returns when the collective is done.
+            None => check(unsafe { sys::host_group_all_reduce_sum(self.raw, tensor.as_ptr()) }),
+        };
         done.map_err(|e| self.collective_error("all-reduce", &e.0))
     }
 
@@ -208,12 +278,14 @@ impl Group {
         if root >= self.world_size {
             return Err(FfiError(format!("broadcast from rank {root}, but the group has {}", self.world_size)));
         }
-        if self.raw.is_null() {
-            return Ok(());
-        }
+        self.count(tensor, 1);
         let root = c_int(root)?;
-        // SAFETY: group and tensor are live; the call returns when the collective is done.
-        let done = check(unsafe { sys::host_group_broadcast(self.raw, tensor.as_ptr(), root) });
+        let done = match self.of_device(tensor) {
+            Some(nccl) => nccl.broadcast(tensor, root),
+            None if self.raw.is_null() => Ok(()),
+            // SAFETY: group and tensor are live; the call returns when the collective is done.
+            None => check(unsafe { sys::host_group_broadcast(self.raw, tensor.as_ptr(), root) }),
+        };
         done.map_err(|e| self.collective_error("broadcast", &e.0))
     }
 
@@ -227,7 +299,8 @@ impl Group {
         done.map_err(|e| self.collective_error("barrier", &e.0))
     }
 
-    /// Returns the tensors of all ranks, stacked by rank: `[world size, ...]`. Same shape and dtype everywhere.
+    /// Returns the tensors of all ranks, stacked by rank: `[world size, ...]`. Same shape and dtype everywhere. Through
+    /// host memory, for small things.
     pub fn all_gather(&self, tensor: &Tensor) -> Result<Tensor> {
         if self.raw.is_null() {
             return Ok(tensor.detach().copy().unsqueeze(0));
@@ -237,16 +310,88 @@ impl Group {
         gathered.map_err(|e| self.collective_error("all-gather", &e.0))
     }
 
+    /// Starts to fill `whole` with the shards of all ranks, one after another. `whole` is contiguous and has as many
+    /// numbers as all shards together, which are of one size and dtype. Neither may be touched before [`Work::wait`].
+    pub fn all_gather_into(&self, whole: &Tensor, shard: &Tensor) -> Result<Work> {
+        self.fits(whole, shard)?;
+        self.count(whole, 1);
+        let started = match self.of_device(whole) {
+            Some(nccl) => nccl.all_gather_into(whole, shard).map(Way::Nccl),
+            None if self.raw.is_null() => {
+                tch::no_grad(|| whole.detach().copy_(&shard.view_as(whole)));
+                Ok(Way::Alone)
+            }
+            None => self.staged(whole, shard, |whole, shard| {
+                let mut work = std::ptr::null_mut();
+                // SAFETY: all are live; the work keeps the tensors and the group's state.
+                check(unsafe { sys::host_group_all_gather_into(self.raw, whole.as_ptr(), shard.as_ptr(), &mut work) })?;
+                Ok(work)
+            }),
+        };
+        self.work("all-gather", started)
+    }
+
+    /// Starts to fill `shard` with this rank's part of the sum of `whole` over all ranks, which is summed in the order of
+    /// the ranks. Sizes as in [`Group::all_gather_into`].
+    pub fn reduce_scatter_sum(&self, shard: &Tensor, whole: &Tensor) -> Result<Work> {
+        self.fits(whole, shard)?;
+        self.count(whole, 1);
+        let started = match self.of_device(whole) {
+            Some(nccl) => nccl.reduce_scatter_sum(shard, whole).map(Way::Nccl),
+            None if self.raw.is_null() => {
+                tch::no_grad(|| shard.detach().copy_(&whole.view_as(shard)));
+                Ok(Way::Alone)
+            }
+            None => self.staged(shard, whole, |shard, whole| {
+                let mut work = std::ptr::null_mut();
+                // SAFETY: all are live; the work keeps the tensors and the group's state.
+                check(unsafe {
+                    sys::host_group_reduce_scatter_sum(self.raw, shard.as_ptr(), whole.as_ptr(), &mut work)
+                })?;
+                Ok(work)
+            }),
+        };
+        self.work("reduce-scatter", started)
+    }
+
+    fn fits(&self, whole: &Tensor, shard: &Tensor) -> Result<()> {
+        let same = whole.kind() == shard.kind() && whole.device() == shard.device() && whole.is_contiguous();
+        if same && whole.numel() == shard.numel() * self.world_size {
+            return Ok(());
+        }
+        Err(FfiError(format!(
+            "a shard of {:?} {:?} does not make {:?} {:?} with {} ranks",
+            shard.kind(),
+            shard.size(),
+            whole.kind(),
+            whole.size(),
+            self.world_size
+        )))
+    }
+
+    /// Starts a collective through host memory: `from` may be of a device, and so may `into`, which the result reaches in
+    /// [`Work::wait`].
+    fn staged(
+        &self,
+        into: &Tensor,
+        from: &Tensor,
+        start: impl FnOnce(&Tensor, &Tensor) -> Result<*mut sys::Work>,
+    ) -> Result<Way> {
+        if into.device() == Device::Cpu {
+            return Ok(Way::Gloo(GlooWork(start(into, from)?), None));
+        }
+        let received = Tensor::zeros(into.size(), (into.kind(), Device::Cpu));
+        let raw = start(&received, &from.detach().to_device(Device::Cpu))?;
+        Ok(Way::Gloo(GlooWork(raw), Some((into.detach(), received))))
+    }
+
     fn collective_error(&self, what: &str, cause: &str) -> FfiError {
-        let lower = cause.to_lowercase();
-        let gone = ["closed by peer", "connection reset", "broken pipe", "connection refused"];
-        FfiError(if gone.iter().any(|text| lower.contains(text)) {
-            format!("rank {}: another rank went away during {what}: {cause}", self.rank)
-        } else if lower.contains("timed out") || lower.contains("timeout") {
-            format!("rank {}: another rank did not take part in {what} within {:?}: {cause}", self.rank, self.timeout)
-        } else {
-            format!("rank {}: {what} failed: {cause}", self.rank)
-        })
+        collective_error(self.rank, self.timeout, what, cause)
+    }
+
+    fn work(&self, what: &'static str, started: Result<Way>) -> Result<Work> {
+        let inner = started.map_err(|e| self.collective_error(what, &e.0))?;
+        Ok(Work { inner, what, rank: self.rank, timeout: self.timeout })
     }
 }
 
@@ -257,6 +402,75 @@ impl Drop for Group {
             unsafe { sys::host_group_free(self.raw) }
         }
     }
+}
+
+/// A collective under way.
+#[derive(Debug)]
+#[must_use = "nothing may be touched before it is waited for"]
+pub struct Work {
+    inner: Way,
+    what: &'static str,
+    rank: usize,
+    timeout: Duration,
+}
+
+/// How it is done.
+#[derive(Debug)]
+enum Way {
+    /// A group of one has nothing to wait for.
+    Alone,
+    /// Through host memory; what the result has yet to be copied to, and from.
+    Gloo(GlooWork, Option<(Tensor, Tensor)>),
+    Nccl(NcclWork),
+}
+
+impl Work {
+    /// Returns when the result is there, or, on a device, makes the current stream wait for it.
+    pub fn wait(self) -> Result<()> {
+        let waited = match &self.inner {
+            Way::Alone => Ok(()),
+            Way::Gloo(work, copy) => work.wait().map(|()| {
+                if let Some((into, from)) = copy {
+                    tch::no_grad(|| into.shallow_clone().copy_(from));
+                }
+            }),
+            Way::Nccl(work) => work.wait(),
+        };
+        waited.map_err(|e| collective_error(self.rank, self.timeout, self.what, &e.0))
+    }
+}
+
+#[derive(Debug)]
+struct GlooWork(*mut sys::Work);
+
+// SAFETY: c10d's works lock, and this is used from one thread at a time.
+unsafe impl Send for GlooWork {}
+
+impl GlooWork {
+    fn wait(&self) -> Result<()> {
+        // SAFETY: the work is live.
+        check(unsafe { sys::host_work_wait(self.0) })
+    }
+}
+
+impl Drop for GlooWork {
+    fn drop(&mut self) {
+        // SAFETY: came from a collective and is freed once; c10d keeps what is still under way.
+        unsafe { sys::host_work_free(self.0) }
+    }
+}
+
+/// A failed collective as a person is told of it.
+fn collective_error(rank: usize, timeout: Duration, what: &str, cause: &str) -> FfiError {
+    let lower = cause.to_lowercase();
+    let gone = ["closed by peer", "connection reset", "broken pipe", "connection refused"];
+    FfiError(if gone.iter().any(|text| lower.contains(text)) {
+        format!("rank {rank}: another rank went away during {what}: {cause}")
+    } else if lower.contains("timed out") || lower.contains("timeout") {
+        format!("rank {rank}: another rank did not take part in {what} within {timeout:?}: {cause}")
+    } else {
+        format!("rank {rank}: {what} failed: {cause}")
+    })
 }
 
 /// The address this machine has on the way to `host`. A datagram socket asks the routing table and sends nothing.

@@ -16,6 +16,7 @@ pub mod backend;
 pub mod dist;
 pub mod grad;
 pub mod mmap;
+pub mod nccl;
 pub mod optim;
 pub mod process;
 pub mod rng;

@@ -22,6 +22,24 @@ pub struct Group {
     _private: [u8; 0],
 }
 
+/// `host::Work` of `cpp/dist.cpp`.
+#[repr(C)]
+pub struct Work {
+    _private: [u8; 0],
+}
+
+/// `host::NcclHandle` of `cpp/nccl.cpp`.
+#[repr(C)]
+pub struct Nccl {
+    _private: [u8; 0],
+}
+
+/// `host::NcclWork` of `cpp/nccl.cpp`.
+#[repr(C)]
+pub struct NcclWork {
+    _private: [u8; 0],
+}
+
 type Message = *mut c_char;
 type In = *const C_tensor;
 type Out = *mut *mut C_tensor;
@@ -145,4 +163,29 @@ unsafe extern "C" {
     pub fn host_group_broadcast(group: *const Group, tensor: In, root: c_int) -> Message;
     pub fn host_group_barrier(group: *const Group) -> Message;
     pub fn host_group_all_gather(group: *const Group, tensor: In, out: Out) -> Message;
+    pub fn host_group_all_gather_into(group: *const Group, whole: In, shard: In, out: *mut *mut Work) -> Message;
+    pub fn host_group_reduce_scatter_sum(group: *const Group, shard: In, whole: In, out: *mut *mut Work) -> Message;
+    pub fn host_work_wait(work: *mut Work) -> Message;
+    pub fn host_work_free(work: *mut Work);
+
+    pub fn host_nccl_version(path: *const c_char, version: *mut c_int) -> Message;
+    pub fn host_nccl_unique_id(path: *const c_char, bytes: *mut u8) -> Message;
+    pub fn host_nccl_new(
+        path: *const c_char,
+        id: *const u8,
+        rank: c_int,
+        size: c_int,
+        device: c_int,
+        timeout_ms: u64,
+        out: *mut *mut Nccl,
+    ) -> Message;
+    pub fn host_nccl_free(nccl: *mut Nccl);
+    pub fn host_nccl_set_step(nccl: *mut Nccl, step: i64);
+    pub fn host_nccl_check(nccl: *mut Nccl) -> Message;
+    pub fn host_nccl_all_reduce_sum(nccl: *mut Nccl, tensor: In) -> Message;
+    pub fn host_nccl_broadcast(nccl: *mut Nccl, tensor: In, root: c_int) -> Message;
+    pub fn host_nccl_all_gather_into(nccl: *mut Nccl, whole: In, shard: In, out: *mut *mut NcclWork) -> Message;
+    pub fn host_nccl_reduce_scatter_sum(nccl: *mut Nccl, shard: In, whole: In, out: *mut *mut NcclWork) -> Message;
+    pub fn host_nccl_wait(work: *mut NcclWork) -> Message;
+    pub fn host_nccl_work_free(work: *mut NcclWork);
 }

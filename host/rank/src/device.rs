@@ -33,6 +33,12 @@ pub fn open(plan: DevicePlan, local_rank: usize, libtorch_lib: &Path) -> Result<
     }
 }
 
+/// The library that moves memory between GPUs for the GPU half of libtorch in `libtorch_lib`.
+pub fn collectives_library(libtorch_lib: &Path) -> Result<&'static str> {
+    let accelerator = host_ffi::backend::load_accelerator(libtorch_lib).torch("load the GPU half of libtorch")?;
+    Ok(host_ffi::nccl::library_of(accelerator.as_deref().unwrap_or_default()))
+}
+
 /// A device as PyTorch writes it.
 pub fn name(device: Device) -> String {
     match device {

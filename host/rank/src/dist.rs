@@ -1,12 +1,15 @@
 //! The ranks of a run as one group. A world of one is a group of one, not a special case.
 
+use std::path::Path;
 use std::time::Duration;
 
+use host::config::plan::CollectivesPlan;
 use host::error::{Error, Kind, Result};
 use host::worker::WorkerEnv;
 use host_ffi::dist;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
+use crate::device;
 use crate::torch::TorchContext;
 
 /// How long a collective waits for a peer before the run is given up. A rank may be validating or writing a checkpoint.
@@ -39,6 +42,39 @@ impl Group {
         Ok(Self { rank, world_size, inner })
     }
 
+    /// Lets collectives on tensors of `device` run there, as the plan says; every rank has to ask.
+    pub fn attach(&mut self, plan: CollectivesPlan, device: Device, libtorch_lib: &Path) -> Result<()> {
+        let Device::Cuda(index) = device else { return Ok(()) };
+        if plan == CollectivesPlan::Gloo || plan == CollectivesPlan::Auto && self.world_size == 1 {
+            return Ok(());
+        }
+        let library = device::collectives_library(libtorch_lib)?;
+        let version = host_ffi::nccl::version(library).torch("load the library for collectives on GPUs");
+        let version = version.map_err(|error| error.hint("`distributed_backend: gloo` does without it, slower"))?;
+        self.inner
+            .attach(library, index, COLLECTIVE_TIMEOUT)
+            .map_err(|error| lost_peer("the ranks' GPUs could not find each other", error))?;
+        if self.is_main() {
+            tracing::info!("collectives: {library} {version}");
+        }
+        Ok(())
+    }
+
+    /// Which step errors are to name from now on.
+    pub fn set_step(&self, step: usize) {
+        self.inner.set_step(step);
+    }
+
+    /// Whether what was read from the device since is what the ranks agreed on.
+    pub fn check(&self) -> Result<()> {
+        self.inner.check().map_err(|error| lost_peer("a collective failed", error))
+    }
+
+    /// Bytes that collectives have brought to this rank since the last call.
+    pub fn take_bytes_received(&self) -> u64 {
+        self.inner.take_bytes_received()
+    }
+
     /// Sums `tensor` over all ranks, in place.
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<()> {
         self.inner.all_reduce_sum(tensor).map_err(|error| lost_peer("an all-reduce failed", error))
@@ -57,7 +93,7 @@ impl Group {
         let content = if self.is_main() {
             Tensor::from_slice(bytes)
         } else {
-            Tensor::zeros([length.int64_value(&[0])], (tch::Kind::Uint8, tch::Device::Cpu))
+            Tensor::zeros([length.int64_value(&[0])], (tch::Kind::Uint8, Device::Cpu))
         };
         broadcast(&content)?;
         Vec::try_from(content).torch("read what rank 0 sent")

@@ -135,6 +135,7 @@ pub struct TrainPlan {
     pub checkpoint: CheckpointPlan,
     pub metrics: MetricsPlan,
     pub device: DevicePlan,
+    pub collectives: CollectivesPlan,
     pub dtype: Dtype,
     /// `compat: torchtune`: adapters and moments in `dtype`, torchtune's data order.
     pub compat_torchtune: bool,
@@ -494,6 +495,18 @@ pub enum DevicePlan {
     Cpu,
     /// CUDA and ROCm alike, as in PyTorch.
     Cuda,
+}
+
+/// What moves tensors between ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CollectivesPlan {
+    /// NCCL or RCCL where each of several ranks has a GPU, else Gloo.
+    Auto,
+    /// Through host memory.
+    Gloo,
+    /// NCCL or RCCL, for a group of one too.
+    Nccl,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,10 +5,11 @@
 use std::path::Path;
 
 use crate::shell::{Failure, Result, cargo, run as run_command};
-use crate::{build, deny, guests, sdk_gen};
+use crate::{build, deny, guests, libtorch, sdk_gen};
 
 pub fn run(root: &Path) -> Result<()> {
     build::run(root)?;
+    libtorch::fetch_nccl(root)?;
     let checks: [(&str, &dyn Fn() -> Result<()>); 7] = [
         ("format", &|| run_command(cargo(root).args(["fmt", "--all", "--check"]))),
         ("lints", &|| {

@@ -144,20 +144,34 @@ fn fetch_wheel(root: &Path) -> Result<()> {
     if dir.join("torch/version.py").is_file() && dir.join("nvidia/cu13/lib").is_dir() {
         return Ok(());
     }
+    println!("fetching libtorch (550 MB) from PyPI");
+    fetch(root, &WHEELS, &[("nvidia", "nvidia"), ("torch", "torch")])
+}
+
+/// The library that moves tensors between NVIDIA's GPUs, for the tests: no build and no program here needs it.
+pub fn fetch_nccl(root: &Path) -> Result<()> {
+    if root.join(".libtorch/nccl/lib/libnccl.so.2").is_file() {
+        return Ok(());
+    }
+    println!("fetching NCCL (250 MB) from PyPI");
+    fetch(root, &["nvidia-nccl-cu13==2.28.*"], &[("nvidia/nccl", "nccl")])
+}
+
+/// Downloads `wheels` and puts folders of them into `.libtorch`, by the names beside them.
+fn fetch(root: &Path, wheels: &[&str], parts: &[(&str, &str)]) -> Result<()> {
+    let dir = root.join(".libtorch");
     let mut pip = command(root, "python3");
     pip.args(["-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".libtorch/.download", "--only-binary=:all:"]);
     // Any Python will do for the download: the version only names a wheel, whose libraries are the same in all.
     pip.args(["--python-version", "3.11"]);
-    for platform in ["manylinux_2_28_x86_64", "manylinux_2_25_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64"]
-    {
-        pip.args(["--platform", platform]);
+    for version in ["_2_28", "_2_25", "_2_18", "_2_17", "2014"] {
+        pip.args(["--platform", &format!("manylinux{version}_x86_64")]);
     }
-    println!("fetching libtorch (550 MB) from PyPI");
-    run(pip.args(WHEELS)).map_err(|failure| failure.hint("check the network and pip's index, then run it again"))?;
+    run(pip.args(wheels)).map_err(|failure| failure.hint("check the network and pip's index, then run it again"))?;
     // Unpacked beside its place and renamed, so that half an archive is never taken for a whole one.
     capture(command(root, "python3").args(["-c", UNPACK, ".libtorch/.download", ".libtorch/.unpacked"]))?;
-    for part in ["nvidia", "torch"] {
-        let (from, to) = (dir.join(".unpacked").join(part), dir.join(part));
+    for (part, name) in parts {
+        let (from, to) = (dir.join(".unpacked").join(part), dir.join(name));
         let _ = fs::remove_dir_all(&to);
         fs::rename(&from, &to).path_context("create", &to)?;
     }
@@ -168,7 +182,7 @@ fn fetch_wheel(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The CPU half of the wheel, its headers, and the two NVIDIA libraries that `libtorch_cpu.so` names.
+/// The CPU half of the wheel, its headers, the two NVIDIA libraries that `libtorch_cpu.so` names, and NCCL.
 const UNPACK: &str = r#"
 import pathlib, shutil, sys, zipfile
 downloads, target = map(pathlib.Path, sys.argv[1:])
@@ -177,7 +191,7 @@ exact = {"torch/version.py", "torch/lib/libtorch_cpu.so", "torch/lib/libc10.so",
 for wheel in sorted(downloads.glob("*.whl")):
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name in exact or name.startswith(("torch/include/", "nvidia/cu13/lib/")):
+            if name in exact or name.startswith(("torch/include/", "nvidia/cu13/lib/", "nvidia/nccl/lib/libnccl.so")):
                 archive.extract(name, target)
 "#;
 

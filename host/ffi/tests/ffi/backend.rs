@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use host_ffi::FfiError;
-use host_ffi::backend::*;
+use host_ffi::{backend::*, nccl};
 use tch::Device;
 
 #[test]
@@ -27,6 +27,22 @@ fn an_accelerator_of_another_libtorch_is_refused() {
     let error = load_accelerator(&dir).unwrap_err();
     std::fs::remove_dir_all(&dir).unwrap();
     assert!(error.0.contains("belongs to another libtorch"), "{error}");
+}
+
+/// The library of PyPI's wheel, which `cargo xtask test` fetches: without a GPU it still has every function and a version.
+#[test]
+fn nccl_has_every_function() {
+    let library = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.libtorch/nccl/lib/libnccl.so.2");
+    if library.exists() {
+        let version = nccl::version(library.to_str().unwrap()).unwrap();
+        assert!(version.starts_with("2."), "{version}");
+    } else {
+        println!("skipped: there is no NCCL in .libtorch; `cargo xtask test` fetches it");
+    }
+    let error = nccl::version("libnothing.so.7").unwrap_err();
+    assert!(error.0.starts_with("cannot load `libnothing.so.7`"), "{error}");
+    let error = nccl::version(libtorch_cpu_path().unwrap().to_str().unwrap()).unwrap_err();
+    assert!(error.0.ends_with("has no function ncclGetVersion"), "{error}");
 }
 
 #[test]

@@ -69,6 +69,21 @@ fn collectives(store: &Store, group: &Group) {
     let gathered = group.all_gather(&values(&[rank as f32, 7.0])).unwrap();
     assert_eq!((gathered.size(), numbers(&gathered)), (vec![2, 2], vec![0.0, 7.0, 1.0, 7.0]));
 
+    // Each starts before the last is waited for; 6 numbers are 24 bytes, of which this rank has half.
+    let _ = group.take_bytes_received();
+    let whole = Tensor::zeros([2, 3], (Kind::Float, Device::Cpu));
+    let gather = group.all_gather_into(&whole, &values(&[rank as f32, 7.0, 8.0])).unwrap();
+    let shard = Tensor::zeros([3], (Kind::BFloat16, Device::Cpu));
+    let terms = (Tensor::arange(6, (Kind::Float, Device::Cpu)) * (rank as f64 + 1.0)).to_kind(Kind::BFloat16);
+    let scatter = group.reduce_scatter_sum(&shard, &terms).unwrap();
+    gather.wait().unwrap();
+    scatter.wait().unwrap();
+    assert_eq!(numbers(&whole), [0.0, 7.0, 8.0, 1.0, 7.0, 8.0]);
+    assert_eq!(numbers(&shard), [[0.0, 3.0, 6.0], [9.0, 12.0, 15.0]][rank]);
+    assert_eq!(group.take_bytes_received(), 12 + 6);
+    let error = group.all_gather_into(&whole, &shard).unwrap_err();
+    assert_eq!(error.0, "a shard of BFloat16 [3] does not make Float [2, 3] with 2 ranks");
+
     store.set(&format!("from {rank}"), format!("hello from {rank}").as_bytes()).unwrap();
     let other = 1 - rank;
     assert_eq!(store.get(&format!("from {other}"), PATIENCE).unwrap(), format!("hello from {other}").as_bytes());

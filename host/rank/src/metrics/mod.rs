@@ -33,6 +33,7 @@ pub const OWN: &[&str] = &[
     "label_tokens",
     "real_tokens",
     "padded_tokens",
+    "bytes_received",
     "seconds",
     "peak_rss_mb",
     "peak_memory_active",

@@ -113,7 +113,8 @@ impl Run {
     /// Opens everything the plan describes. Nothing is trained yet.
     pub fn open(plan: TrainPlan, inputs: Inputs) -> Result<Run> {
         let device = device::open(plan.device, inputs.env.local_rank, &inputs.env.libtorch_lib)?;
-        let group = Group::join(&inputs.env)?;
+        let mut group = Group::join(&inputs.env)?;
+        group.attach(plan.collectives, device, &inputs.env.libtorch_lib)?;
         let tokenizer = Tokenizer::of(&plan.tokenizer)?;
         // Ranks of one machine share what the first of them caches; when that fails, the others need not read all rows to
         // find the same mistake.

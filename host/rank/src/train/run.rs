@@ -479,10 +479,12 @@ impl Run {
         let first = &mut pieces[0];
         let size = first.size()[0];
         let sent = Tensor::cat(&[first.to_kind(Kind::Float), tail], 0);
+        parts.group.set_step(parts.position.step + 1);
         parts.group.all_reduce_sum(&sent)?;
         let numbers: Vec<f64> =
             Vec::try_from(sent.narrow(0, size, SCALARS).to_kind(Kind::Double).to_device(Device::Cpu))
                 .torch("read the step's sums")?;
+        parts.group.check()?;
         let [loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops, new_metrics] = numbers[..] else {
             return Err(Error::bug("the reduced sums have another length"));
         };
@@ -520,6 +522,7 @@ impl Run {
     fn report(&mut self, totals: &Totals, grad_norm: f64, took: Duration, own: Vec<(String, f64)>) -> Result<()> {
         let parts = &mut self.parts;
         let step = parts.position.step;
+        let bytes_received = parts.group.take_bytes_received();
         let loss = totals.mean_loss();
         parts.curve.push_training(step, loss);
         if let Some(progress) = &self.progress {
@@ -543,6 +546,7 @@ impl Run {
         metrics.push("label_tokens", totals.labels);
         metrics.push("real_tokens", totals.tokens);
         metrics.push("padded_tokens", totals.padded_tokens);
+        metrics.push("bytes_received", bytes_received as f64);
         metrics.push("seconds", seconds);
         metrics.push("peak_rss_mb", totals.peak_rss_mb);
         if parts.plan.metrics.log_peak_memory_stats {

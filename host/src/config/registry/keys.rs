@@ -156,6 +156,12 @@ pub const TRAIN: &[Key] = &[
         .satisfied("weights are always streamed from a memory map"),
     key("enable_async_checkpointing", Type::Bool, "False", "Write checkpoints in the background.")
         .satisfied("the checkpoints are the same"),
+    key(
+        "distributed_backend",
+        Type::OneOf(&["auto", "nccl", "gloo"]),
+        "auto",
+        "What moves tensors between ranks: `nccl` is RCCL on ROCm, `gloo` goes through host memory.",
+    ),
     key("fsdp_cpu_offload", Type::Bool, "False", "Keep shards in CPU memory.").satisfied(REPLICATED),
     optional("fsdp", Type::Any, "v0.2.1: settings of FSDP.").satisfied(REPLICATED),
     key("fsdp_reshard_after_forward", Type::Bool, "True", "Free gathered shards.").satisfied(REPLICATED),

@@ -6,7 +6,8 @@ use serde_yaml::Value;
 
 use super::super::Config;
 use super::super::plan::{
-    DevicePlan, Dtype, GuestLimits, GuestRef, LoraPlan, MessageFormat, ModelPlan, TokenizerPlan, Truncation, TurnTexts,
+    CollectivesPlan, DevicePlan, Dtype, GuestLimits, GuestRef, LoraPlan, MessageFormat, ModelPlan, TokenizerPlan,
+    Truncation, TurnTexts,
 };
 use super::super::registry::keys::LIMITS;
 use super::super::registry::{self, Role};
@@ -357,6 +358,20 @@ pub fn device(root: &Section<'_>) -> Found<DevicePlan> {
         "cuda" => DevicePlan::Cuda,
         _ => return Err(Reported),
     })
+}
+
+pub fn collectives(root: &Section<'_>) -> Found<CollectivesPlan> {
+    const KEY: &str = "distributed_backend";
+    match root.get::<String>(KEY)?.as_str() {
+        "nccl" if device(root)? == DevicePlan::Cpu => Err(root.fail(
+            KEY,
+            "`distributed_backend: nccl` moves the memory of GPUs, and `device` is cpu",
+            "leave it out: on a CPU it is gloo, on a GPU nccl",
+        )),
+        "nccl" => Ok(CollectivesPlan::Nccl),
+        "gloo" => Ok(CollectivesPlan::Gloo),
+        _ => Ok(CollectivesPlan::Auto),
+    }
 }
 
 pub fn dtype(root: &Section<'_>) -> Found<Dtype> {

@@ -48,6 +48,7 @@ pub(super) fn build(
     let profiler =
         root.optional_component("profiler").and_then(|section| section.map(|s| s.get::<bool>("enabled")).transpose());
     let device = parts::device(&root);
+    let collectives = parts::collectives(&root);
     let dtype = parts::dtype(&root);
     let limits = parts::limits(&root);
     let seed = parts::seed(&root, around);
@@ -111,6 +112,7 @@ pub(super) fn build(
         checkpoint,
         metrics: metrics?,
         device: device?,
+        collectives: collectives?,
         dtype: dtype?,
         compat_torchtune: root.get::<Option<String>>("compat")?.is_some(),
         limits: limits?,
