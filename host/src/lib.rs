@@ -18,6 +18,7 @@ pub mod launch;
 pub mod libtorch;
 pub mod machine;
 pub mod panics;
+pub mod placement;
 pub mod tokenizer;
 pub mod worker;
 

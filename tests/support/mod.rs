@@ -127,6 +127,13 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
         device: DevicePlan::Cpu,
         collectives: CollectivesPlan::Gloo,
         dtype: Dtype::Fp32,
+        placement: PlacementPlan {
+            parallel: Parallel::Auto,
+            reshard_after_forward: true,
+            cpu_offload: false,
+            checkpoint_every: None,
+            shard_ranks: None,
+        },
         compat_torchtune: false,
         limits: GuestLimits::default(),
     }

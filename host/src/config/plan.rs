@@ -137,6 +137,7 @@ pub struct TrainPlan {
     pub device: DevicePlan,
     pub collectives: CollectivesPlan,
     pub dtype: Dtype,
+    pub placement: PlacementPlan,
     /// `compat: torchtune`: adapters and moments in `dtype`, torchtune's data order.
     pub compat_torchtune: bool,
     pub limits: GuestLimits,
@@ -514,6 +515,28 @@ pub enum CollectivesPlan {
 pub enum Dtype {
     Bf16,
     Fp32,
+}
+
+/// What each rank is to hold of the model and keep of a forward, as the config asks; [`crate::placement`] decides.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlacementPlan {
+    pub parallel: Parallel,
+    /// Shards: a block is freed after its forward, and gathered again for backward.
+    pub reshard_after_forward: bool,
+    /// Shards are kept in the machine's memory.
+    pub cpu_offload: bool,
+    /// Every n-th block's activations are computed again in backward; none: all are kept.
+    pub checkpoint_every: Option<usize>,
+    /// `data_parallel_shard_dim`: the ranks that there have to be.
+    pub shard_ranks: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Parallel {
+    Auto,
+    Replicate,
+    Shard,
 }
 
 /// As the config writes it.

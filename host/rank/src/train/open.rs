@@ -8,6 +8,7 @@ use host::config::plan::{DatasetPlan, ModelPlan, RowsPlan, SchedulePlan, TrainPl
 use host::data::template::Templates;
 use host::data::{self, BatchLayout, Order, Tokenized};
 use host::hf::{ModelConfig, WeightIndex};
+use host::placement::Placement;
 use host::tokenizer::Tokenizer;
 use host::worker::{StopFlag, WorkerEnv};
 use host::{Error, Result};
@@ -143,6 +144,7 @@ impl Run {
         // Without a seed in the config each start draws one, and ranks may be started one by one: rank 0's is taken.
         let seed = group.from_main(&plan.seed.to_le_bytes())?;
         plan.seed = seed.try_into().map(u64::from_le_bytes).map_err(|_| Error::bug("a seed has eight bytes"))?;
+        placement(&plan, group.world_size)?;
         let kind = torch::kind(plan.dtype);
         let adapter_kind = if plan.compat_torchtune { kind } else { Kind::Float };
         let start = Start { seed: plan.seed, adapter_kind };
@@ -240,6 +242,20 @@ impl Run {
             stop: inputs.stop,
         })
     }
+}
+
+/// What each rank holds of the model.
+fn placement(plan: &TrainPlan, world_size: usize) -> Result<Placement> {
+    let placement = Placement::decide(&plan.placement, world_size)?;
+    if placement.is_sharded {
+        return Err(Error::config("a model cannot be sharded yet")
+            .hint("set `parallel: replicate` and leave out `fsdp_cpu_offload`"));
+    }
+    if placement.checkpoint_every.is_some() {
+        return Err(Error::config("activation checkpointing is not built yet")
+            .hint("leave it out: `enable_activation_checkpointing=False`, `~ac_mode`"));
+    }
+    Ok(placement)
 }
 
 /// The frozen models beside the one that is trained. They read the same tokens.

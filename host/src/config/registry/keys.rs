@@ -9,7 +9,7 @@ const SEED: Type = Type::Count { min: 0, max: u32::MAX as u64 };
 const FRACTION: Type = Type::Number { min: 0.0, max: 1.0 };
 const ANY_NUMBER: Type = Type::Number { min: f64::NEG_INFINITY, max: f64::INFINITY };
 
-const REPLICATED: &str = "every rank holds the whole model, so there is nothing to shard";
+const SHARDED_BY_BLOCK: &str = "embedding, blocks and output are sharded one by one already";
 const NOT_YET: &str = "not available yet";
 
 const DEVICE: Key = key("device", Type::OneOf(&["cpu", "cuda"]), "cuda", "Where the model runs; `cuda` is ROCm too.");
@@ -123,7 +123,30 @@ pub const TRAIN: &[Key] = &[
     key("log_every_n_steps", POSITIVE, "1", "Log metrics every this many steps."),
     key("log_peak_memory_stats", Type::Bool, "False", "Log peak device memory with the metrics."),
     key("log_level", Type::OneOf(LOG_LEVELS), "INFO", "How much the log says."),
+    key("enable_activation_checkpointing", Type::Bool, "False", "Compute activations again instead of keeping them."),
+    optional("ac_mode", Type::OneOf(&["none", "full", "selective"]), "`selective`: only every `ac_option`-th block's."),
+    optional("ac_option", Type::Any, "`ac_mode: selective`: a number of blocks."),
+    key("fsdp_cpu_offload", Type::Bool, "False", "Keep shards in the machine's memory; shards what is not sharded."),
+    key(
+        "fsdp_reshard_after_forward",
+        Type::Bool,
+        "True",
+        "Free a gathered block after its forward and gather it again for backward.",
+    ),
+    key(
+        "data_parallel_shard_dim",
+        ANY_NUMBER,
+        "-1",
+        "Ranks that share one copy of the model; -1: as many as there are.",
+    ),
+    key("data_parallel_replicate_dim", POSITIVE, "1", "Copies of the model."),
     // Ours.
+    key(
+        "parallel",
+        Type::OneOf(&["auto", "replicate", "shard"]),
+        "auto",
+        "Whether each rank has the whole model, or a share of it; `auto`: the fastest that fits.",
+    ),
     key(
         "layout",
         Type::OneOf(&["varlen", "padded"]),
@@ -142,16 +165,10 @@ pub const TRAIN: &[Key] = &[
     CACHE_DIR,
     // Nothing to do here.
     key("compile", Type::Any, "False", "torch.compile.").satisfied(COMPILE_PARTS),
-    key("enable_activation_checkpointing", Type::Bool, "False", "Recompute activations.")
-        .satisfied("it changes memory and speed, never a result, and memory is held down by other means"),
     key("enable_activation_offloading", Type::Bool, "False", "Keep activations in CPU memory.")
         .satisfied("it changes memory and speed, never a result"),
     key("activation_offloading_use_streams", Type::Bool, "True", "Overlap offloading.")
         .satisfied("nothing is offloaded"),
-    optional("ac_mode", Type::Text, "Selective activation checkpointing.")
-        .satisfied("it changes memory and speed, never a result"),
-    optional("ac_option", Type::Any, "Selective activation checkpointing.")
-        .satisfied("it changes memory and speed, never a result"),
     key("low_cpu_ram", Type::Bool, "False", "Save with less memory.")
         .satisfied("weights are always streamed from a memory map"),
     key("enable_async_checkpointing", Type::Bool, "False", "Write checkpoints in the background.")
@@ -162,13 +179,10 @@ pub const TRAIN: &[Key] = &[
         "auto",
         "What moves tensors between ranks: `nccl` is RCCL on ROCm, `gloo` goes through host memory.",
     ),
-    key("fsdp_cpu_offload", Type::Bool, "False", "Keep shards in CPU memory.").satisfied(REPLICATED),
-    optional("fsdp", Type::Any, "v0.2.1: settings of FSDP.").satisfied(REPLICATED),
-    key("fsdp_reshard_after_forward", Type::Bool, "True", "Free gathered shards.").satisfied(REPLICATED),
-    optional("custom_sharded_layers", Type::Texts, "Layers sharded apart.").satisfied(REPLICATED),
-    key("data_parallel_shard_dim", ANY_NUMBER, "-1", "Ranks that share one copy.").satisfied(REPLICATED),
-    key("data_parallel_replicate_dim", POSITIVE, "1", "Copies of the model.").satisfied(REPLICATED),
-    key("memory_efficient_fsdp_wrap", Type::Bool, "False", "Embedding and output sharded apart.").satisfied(REPLICATED),
+    optional("fsdp", Type::Any, "v0.2.1: settings of FSDP.").satisfied(SHARDED_BY_BLOCK),
+    optional("custom_sharded_layers", Type::Texts, "Layers sharded apart.").satisfied(SHARDED_BY_BLOCK),
+    key("memory_efficient_fsdp_wrap", Type::Bool, "False", "Embedding and output sharded apart.")
+        .satisfied(SHARDED_BY_BLOCK),
     key(
         "collate_fn",
         Type::OneOf(&["torchtune.data.padded_collate_sft"]),

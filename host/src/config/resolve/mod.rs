@@ -8,6 +8,7 @@ pub mod data_files;
 mod defaults;
 mod generate;
 mod parts;
+mod placement;
 mod train;
 
 use std::path::{Path, PathBuf};

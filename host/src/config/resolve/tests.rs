@@ -1,5 +1,7 @@
 //! Configs to plans, with a made-up disk.
 
+mod placement;
+
 use std::collections::BTreeSet;
 use std::path::Path;
 

@@ -11,7 +11,7 @@ use super::super::section::{Found, Reader, Section};
 use super::super::yaml::{Node, Tree};
 use super::super::{Config, Notice};
 use super::parts::{self, number};
-use super::{Resolved, Surroundings, data, defaults, guest, resolve};
+use super::{Resolved, Surroundings, data, defaults, guest, placement, resolve};
 use crate::error::Result;
 
 /// `varlen` without a `max_seq_len` to go by.
@@ -50,6 +50,7 @@ pub(super) fn build(
     let device = parts::device(&root);
     let collectives = parts::collectives(&root);
     let dtype = parts::dtype(&root);
+    let placement = placement::placement(&root, notices);
     let limits = parts::limits(&root);
     let seed = parts::seed(&root, around);
     let sizes = sizes(&root);
@@ -114,6 +115,7 @@ pub(super) fn build(
         device: device?,
         collectives: collectives?,
         dtype: dtype?,
+        placement: placement?,
         compat_torchtune: root.get::<Option<String>>("compat")?.is_some(),
         limits: limits?,
     })
