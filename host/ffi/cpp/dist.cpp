@@ -153,7 +153,8 @@ extern "C" char* host_group_all_gather_into(const host::Group* group, const at::
                                             host::Work** out) {
   return host::guard([&] {
     const at::NoGradGuard no_grad;
-    at::Tensor into = whole->detach().view({-1}), from = shard->detach().contiguous().view({-1});
+    // Not `detach`: weights that are gathered again are the weights that a graph saved.
+    at::Tensor into = whole->variable_data().view({-1}), from = shard->detach().contiguous().view({-1});
     auto work = group->inner->_allgather_base(into, from);
     *out = new host::Work{std::move(work), [] {}, {into, from}};
   });
@@ -165,7 +166,7 @@ extern "C" char* host_group_reduce_scatter_sum(const host::Group* group, const a
                                                host::Work** out) {
   return host::guard([&] {
     const at::NoGradGuard no_grad;
-    at::Tensor into = shard->detach(), from = whole->detach().contiguous();
+    at::Tensor into = shard->variable_data(), from = whole->detach().contiguous();
     at::Tensor parts = at::empty({group->inner->getSize(), into.numel()}, from.options());
     std::vector<int64_t> even;
     at::Tensor received = parts.view({-1}), sent = from.view({-1});

@@ -297,7 +297,7 @@ extern "C" char* host_nccl_all_gather_into(host::NcclHandle* handle, const at::T
   return host::guard([&] {
     const at::NoGradGuard no_grad;
     const auto& nccl = handle->inner;
-    const at::Tensor from = host::flat(*shard, *nccl), into = whole->detach();
+    const at::Tensor from = host::flat(*shard, *nccl), into = whole->variable_data();
     *out = host::overlapped(nccl, "all-gather", from, into, [&](void* stream) {
       return nccl->api->all_gather(from.data_ptr(), into.data_ptr(), from.numel(), host::type_of(from), nccl->comm,
                                    stream);
@@ -310,7 +310,7 @@ extern "C" char* host_nccl_reduce_scatter_sum(host::NcclHandle* handle, const at
   return host::guard([&] {
     const at::NoGradGuard no_grad;
     const auto& nccl = handle->inner;
-    const at::Tensor from = host::flat(*whole, *nccl), into = shard->detach();
+    const at::Tensor from = host::flat(*whole, *nccl), into = shard->variable_data();
     *out = host::overlapped(nccl, "reduce-scatter", from, into, [&](void* stream) {
       return nccl->api->reduce_scatter(from.data_ptr(), into.data_ptr(), into.numel(), host::type_of(from), host::sum,
                                        nccl->comm, stream);

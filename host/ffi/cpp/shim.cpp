@@ -6,4 +6,5 @@
 #include "loss.cpp"
 #include "nccl.cpp"
 #include "norm_rope.cpp"
+#include "shard.cpp"
 #include "training.cpp"

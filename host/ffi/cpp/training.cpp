@@ -19,6 +19,12 @@ extern "C" char* host_set_grad(const at::Tensor* leaf, const at::Tensor* grad) {
   });
 }
 
+extern "C" char* host_backward_from(const at::Tensor* output, const at::Tensor* grad) {
+  return host::guard([&] { output->backward(*grad); });
+}
+
+extern "C" int host_grad_enabled() { return at::GradMode::is_enabled(); }
+
 extern "C" char* host_backward(const at::Tensor* loss) {
   return host::guard([&] { loss->backward(); });
 }

@@ -318,7 +318,8 @@ impl Group {
         let started = match self.of_device(whole) {
             Some(nccl) => nccl.all_gather_into(whole, shard).map(Way::Nccl),
             None if self.raw.is_null() => {
-                tch::no_grad(|| whole.detach().copy_(&shard.view_as(whole)));
+                // Not `detach`: weights that are gathered again are the weights that a graph saved.
+                tch::no_grad(|| whole.data().copy_(&shard.view_as(whole)));
                 Ok(Way::Alone)
             }
             None => self.staged(whole, shard, |whole, shard| {
@@ -339,7 +340,7 @@ impl Group {
         let started = match self.of_device(whole) {
             Some(nccl) => nccl.reduce_scatter_sum(shard, whole).map(Way::Nccl),
             None if self.raw.is_null() => {
-                tch::no_grad(|| shard.detach().copy_(&whole.view_as(shard)));
+                tch::no_grad(|| shard.data().copy_(&whole.view_as(shard)));
                 Ok(Way::Alone)
             }
             None => self.staged(shard, whole, |shard, whole| {
@@ -382,7 +383,7 @@ impl Group {
         }
         let received = Tensor::zeros(into.size(), (into.kind(), Device::Cpu));
         let raw = start(&received, &from.detach().to_device(Device::Cpu))?;
-        Ok(Way::Gloo(GlooWork(raw), Some((into.detach(), received))))
+        Ok(Way::Gloo(GlooWork(raw), Some((into.data(), received))))
     }
 
     fn collective_error(&self, what: &str, cause: &str) -> FfiError {

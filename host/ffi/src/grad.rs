@@ -13,6 +13,18 @@ pub fn set_grad(leaf: &Tensor, view: &Tensor) -> Result<()> {
     check(unsafe { sys::host_set_grad(leaf.as_ptr(), view.as_ptr()) })
 }
 
+/// Runs the backward pass of `output` from `grad`, the gradient of it: same shape and dtype.
+pub fn backward_from(output: &Tensor, grad: &Tensor) -> Result<()> {
+    // SAFETY: both tensors are live for the call.
+    check(unsafe { sys::host_backward_from(output.as_ptr(), grad.as_ptr()) })
+}
+
+/// Whether operations of this thread record a graph.
+pub fn is_enabled() -> bool {
+    // SAFETY: no arguments; the call does not throw.
+    unsafe { sys::host_grad_enabled() != 0 }
+}
+
 /// Runs the backward pass of a scalar; gradients are added to those already there.
 pub fn backward(loss: &Tensor) -> Result<()> {
     // SAFETY: `loss` is live for the call.

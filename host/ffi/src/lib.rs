@@ -20,6 +20,7 @@ pub mod nccl;
 pub mod optim;
 pub mod process;
 pub mod rng;
+pub mod shard;
 mod sys;
 
 use std::ffi::{CStr, c_char};

@@ -40,9 +40,13 @@ pub struct NcclWork {
     _private: [u8; 0],
 }
 
-type Message = *mut c_char;
-type In = *const C_tensor;
-type Out = *mut *mut C_tensor;
+pub type Message = *mut c_char;
+/// `host::NodeCall` of `cpp/shard.cpp`.
+pub type NodeCall = unsafe extern "C" fn(data: *mut c_void, grad: In, out: Out) -> Message;
+/// `host::NodeDrop` of `cpp/shard.cpp`.
+pub type NodeDrop = unsafe extern "C" fn(data: *mut c_void);
+pub type In = *const C_tensor;
+pub type Out = *mut *mut C_tensor;
 
 unsafe extern "C" {
     pub fn host_free_string(text: *mut c_char);
@@ -84,6 +88,8 @@ unsafe extern "C" {
 
     pub fn host_set_grad(leaf: In, grad: In) -> Message;
     pub fn host_backward(loss: In) -> Message;
+    pub fn host_backward_from(output: In, grad: In) -> Message;
+    pub fn host_grad_enabled() -> c_int;
     pub fn host_fused_adamw(
         param: In,
         grad: In,
@@ -167,6 +173,11 @@ unsafe extern "C" {
     pub fn host_group_reduce_scatter_sum(group: *const Group, shard: In, whole: In, out: *mut *mut Work) -> Message;
     pub fn host_work_wait(work: *mut Work) -> Message;
     pub fn host_work_free(work: *mut Work);
+
+    pub fn host_storage_free(tensor: In) -> Message;
+    pub fn host_storage_take(tensor: In) -> Message;
+    pub fn host_node(x: In, output: In, call: NodeCall, drop: NodeDrop, data: *mut c_void, out: Out) -> Message;
+    pub fn host_message(text: *const c_char, length: usize) -> Message;
 
     pub fn host_nccl_version(path: *const c_char, version: *mut c_int) -> Message;
     pub fn host_nccl_unique_id(path: *const c_char, bytes: *mut u8) -> Message;
