@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use host::config::plan::{Layout, ModelPlan, TrainPlan};
+use host::config::plan::{Layout, ModelPlan, Parallel, TrainPlan};
 use host_rank::train::{Opened, Start};
 use tch::{Kind, Reduction, Tensor};
 
@@ -51,6 +51,108 @@ fn layout_accumulation_and_ranks_change_nothing() {
     same("a small and a large token budget", &small, &whole);
     same("two ranks and one", &two, &whole);
     same("two ranks, padded, and one", &two_padded, &whole);
+}
+
+/// Shards the model over the ranks.
+fn shard(plan: &mut TrainPlan) {
+    plan.placement.parallel = Parallel::Shard;
+    plan.placement.reshard_after_forward = true;
+}
+
+/// A model of which every rank has a piece trains as one that each has whole: an adapter over frozen pieces, and all
+/// weights; given back after each forward or kept for the step; in the memory of the device or of the machine.
+#[test]
+fn sharding_changes_nothing() {
+    let run = |world: usize, change: &dyn Fn(&mut TrainPlan)| {
+        let dir = tempfile::tempdir().unwrap();
+        run(dir.path(), world, change)
+    };
+    let measured = |plan: &mut TrainPlan| plan.run_val_every_n_steps = Some(5);
+    for whole in [false, true] {
+        let method = |plan: &mut TrainPlan| {
+            measured(plan);
+            if whole {
+                support::train_whole(plan);
+            }
+        };
+        let replicated = run(1, &method);
+        let what = if whole { "every weight" } else { "an adapter" };
+        for (name, world, reshard, offload, layout) in [
+            ("one rank", 1, true, false, Layout::Varlen),
+            ("two ranks", 2, true, false, Layout::Varlen),
+            ("four ranks", 4, true, false, Layout::Varlen),
+            ("two ranks, kept for a step", 2, false, false, Layout::Varlen),
+            ("two ranks, offloaded, padded", 2, true, true, Layout::Padded),
+        ] {
+            let sharded = run(world, &|plan| {
+                method(plan);
+                shard(plan);
+                plan.placement.reshard_after_forward = reshard;
+                plan.placement.cpu_offload = offload;
+                plan.layout = layout;
+            });
+            same(&format!("{what}, sharded over {name}, and replicated"), &sharded, &replicated);
+            for ((_, one), (_, other)) in sharded.validations.iter().zip(&replicated.validations) {
+                assert!(((one - other) / one).abs() < 1e-6, "{what}, {name}: {other} is not {one}");
+            }
+            assert_eq!(sharded.validations.len(), replicated.validations.len());
+            assert_eq!(sharded.parameters.len(), replicated.parameters.len());
+        }
+    }
+}
+
+/// Activations that backward computes again are the ones of the forward, dropout masks among them: of every block, of every
+/// second, alone and over shards.
+#[test]
+fn checkpointed_activations_change_nothing() {
+    for whole in [false, true] {
+        let method = |plan: &mut TrainPlan| match &mut plan.model.lora {
+            Some(lora) if !whole => lora.dropout = 0.3,
+            _ => support::train_whole(plan),
+        };
+        let run = |world: usize, change: &dyn Fn(&mut TrainPlan)| {
+            let dir = tempfile::tempdir().unwrap();
+            run(dir.path(), world, |plan| {
+                method(plan);
+                change(plan);
+            })
+        };
+        let plain = run(1, &|_| {});
+        for (every, world) in [(1, 1), (2, 1), (1, 2)] {
+            let checkpointed = run(world, &|plan| {
+                plan.placement.checkpoint_every = Some(every);
+                if world > 1 {
+                    shard(plan);
+                }
+            });
+            same(&format!("every {every}-th block checkpointed on {world} ranks and plain"), &checkpointed, &plain);
+        }
+    }
+}
+
+/// What is saved by shards is gone on from by any number of ranks, sharing or not, and the other way round.
+#[test]
+fn a_sharded_run_resumes_anywhere() {
+    let whole = |plan: &mut TrainPlan| support::train_whole(plan);
+    let straight_dir = tempfile::tempdir().unwrap();
+    let straight = run(straight_dir.path(), 1, whole);
+    for (before, after) in [(2, 2), (2, 4), (4, 2), (2, 0), (0, 2)] {
+        let dir = tempfile::tempdir().unwrap();
+        let spread = |ranks: usize| {
+            move |plan: &mut TrainPlan| {
+                support::train_whole(plan);
+                if ranks > 0 {
+                    shard(plan);
+                }
+            }
+        };
+        run_until(dir.path(), before.max(1), 7, spread(before));
+        let resumed = run(dir.path(), after.max(1), |plan| {
+            spread(after)(plan);
+            plan.checkpoint.resume = true;
+        });
+        same(&format!("resumed on {after} after {before} shards"), &resumed, &straight);
+    }
 }
 
 /// Before the first step, every so many and in the end: the mean over the label tokens of all rows, however they are computed.

@@ -193,21 +193,37 @@ pub fn train(plan: &TrainPlan, rows: &[Sample], world: usize, most_steps: usize)
                 scope.spawn(move || {
                     let mut run = open(plan, rows, rank, world, port);
                     let gradients = drive(&mut run, most_steps);
-                    (gradients.into_iter().map(numbers).collect::<Vec<_>>(), numbers(run.parameters()))
+                    let whole = |tensor: Tensor| spread_out(&run, numbers(tensor));
+                    (gradients.into_iter().map(whole).collect::<Vec<_>>(), whole(run.parameters()))
                 })
             })
             .collect();
         ranks.into_iter().map(|rank| rank.join().expect("a rank failed")).collect()
     });
     let mut ranks = ranks.into_iter();
-    let (mut gradients, parameters) = ranks.next().unwrap();
-    for (others, _) in ranks {
+    let (mut gradients, mut parameters) = ranks.next().unwrap();
+    let is_shared = plan.placement.parallel == Parallel::Shard && plan.model.lora.is_none();
+    for (others, pieces) in ranks {
+        if is_shared {
+            parameters.iter_mut().zip(pieces).for_each(|(number, other)| *number += other);
+        }
         for (sum, other) in gradients.iter_mut().flatten().zip(others.into_iter().flatten()) {
             *sum += other;
         }
     }
     let (steps, validations) = read_log(plan);
     Finished { steps, validations, gradients, parameters }
+}
+
+/// The pieces of a rank where they belong in the whole, with zeros where other ranks' are; the whole as it is.
+fn spread_out(run: &Run, pieces: Vec<f32>) -> Vec<f32> {
+    let Some(shards) = run.shards() else { return pieces };
+    let mut whole = vec![0.0; shards.total() as usize];
+    for (begin, kept) in shards.of_rank(run.rank() as i64) {
+        let (from, to) = (kept.start as usize, kept.end as usize);
+        whole[from..to].copy_from_slice(&pieces[begin as usize..][..to - from]);
+    }
+    whole
 }
 
 pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port: u16) -> Run {
@@ -255,6 +271,7 @@ pub fn drive(run: &mut Run, most_steps: usize) -> Vec<Tensor> {
             let (sum, weight) = run.loss(key, host_rank::train::Which::Trained).unwrap();
             run.backward(&sum, weight).unwrap();
         }
+        run.end_batches().unwrap();
         let each: Vec<Tensor> = run.gradients().iter().map(|(_, gradient)| gradient.reshape([-1])).collect();
         gradients.push(Tensor::cat(&each, 0));
         run.finish_step().unwrap();

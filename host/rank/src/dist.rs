@@ -80,6 +80,21 @@ impl Group {
         self.inner.all_reduce_sum(tensor).map_err(|error| lost_peer("an all-reduce failed", error))
     }
 
+    /// Starts to fill `whole` with the shards of all ranks.
+    pub fn all_gather_into(&self, whole: &Tensor, shard: &Tensor) -> Result<dist::Work> {
+        self.inner.all_gather_into(whole, shard).map_err(|error| lost_peer("an all-gather failed", error))
+    }
+
+    /// Starts to fill `shard` with this rank's part of the sum of `whole` over all ranks.
+    pub fn reduce_scatter_sum(&self, shard: &Tensor, whole: &Tensor) -> Result<dist::Work> {
+        self.inner.reduce_scatter_sum(shard, whole).map_err(|error| lost_peer("a reduce-scatter failed", error))
+    }
+
+    /// Waits for what was started.
+    pub fn wait(&self, work: dist::Work) -> Result<()> {
+        work.wait().map_err(|error| lost_peer("a collective failed", error))
+    }
+
     pub fn is_main(&self) -> bool {
         self.rank == 0
     }

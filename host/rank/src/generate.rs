@@ -67,7 +67,7 @@ pub fn continue_tokens(
         let positions = Tensor::arange_start(seen as i64, all.len() as i64, (Kind::Int64, device));
         let bounds = [0, new.len() as i64];
         let last = Tensor::from_slice(&[new.len() as i64 - 1]).to_device(device);
-        let forward = model.forward(&positions, &bounds);
+        let forward = model.forward(&positions, bounds.into());
         let scores = model.logits(&tokens, &forward, Some(&last), cache.as_mut())?;
         let token = sampling.choose(&scores.get(0));
         if cache.is_some() {

@@ -15,6 +15,7 @@ pub mod model;
 pub mod optim;
 pub mod preview;
 pub mod script;
+pub mod shard;
 pub mod torch;
 pub mod train;
 pub mod trained;

@@ -35,9 +35,8 @@ pub fn of(opened: &Opened, sequence: &[i64]) -> Result<Tensor> {
     let _no_grad = tch::no_grad_guard();
     let device = opened.model.device();
     let length = sequence.len() as i64;
-    let bounds = [0, length];
     let positions = Tensor::arange(length, (Kind::Int64, device));
-    let forward = opened.model.forward(&positions, &bounds);
+    let forward = opened.model.forward(&positions, [0, length].into());
     let tokens = Tensor::from_slice(sequence).to_device(device);
     Ok(opened.model.logits(&tokens, &forward, None, None)?.to_device(Device::Cpu))
 }

@@ -2,6 +2,7 @@
 //! and what the checkpoint's tensors have become by them; the rest of training sees one vector.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use host::Result;
 use host::hf::ModelConfig;
@@ -10,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use crate::adapter::LoraAdapter;
 use crate::flat::Flat;
 use crate::model::Weights;
+use crate::shard::{Pieces, Sharding, Shards, Spread};
 
 pub enum Trained {
     Lora(LoraAdapter),
@@ -31,6 +33,19 @@ impl Trained {
         }
     }
 
+    /// Of weights that ranks share.
+    pub fn sharding(&self) -> Option<&Rc<Sharding>> {
+        match self {
+            Self::Lora(_) => None,
+            Self::Whole(model) => model.sharding.as_ref(),
+        }
+    }
+
+    /// How many numbers are trained, on all ranks.
+    pub fn num_parameters(&self) -> i64 {
+        self.sharding().map_or_else(|| self.flat().size(), |sharding| sharding.shards.total())
+    }
+
     /// Every parameter by name, in the order of the vector.
     pub fn parameters(&self) -> Vec<(String, &Tensor)> {
         match self {
@@ -41,6 +56,14 @@ impl Trained {
                 })
                 .collect(),
             Self::Whole(model) => model.names.iter().map(|name| (name.clone(), &model.tensors[name])).collect(),
+        }
+    }
+
+    /// The tensor of the model that the checkpoint's `name` is: a tied head is the embedding.
+    pub fn name_of<'a>(&self, name: &'a str) -> &'a str {
+        match self {
+            Self::Lora(_) => name,
+            Self::Whole(model) => model.name_of(name),
         }
     }
 
@@ -63,6 +86,8 @@ pub struct WholeModel {
     tensors: BTreeMap<String, Tensor>,
     /// A checkpoint may hold a copy of an embedding that is the head as well.
     is_tied: bool,
+    /// Where ranks share the weights: `flat` is this rank's piece, and `tensors` are there while they are needed.
+    pub sharding: Option<Rc<Sharding>>,
 }
 
 impl WholeModel {
@@ -75,13 +100,34 @@ impl WholeModel {
             tensors.insert(name.clone(), flat.leaf(&shape)?);
             names.push(name);
         }
-        let model = Self { flat, names, tensors, is_tied: config.tie_word_embeddings };
+        let model = Self { flat, names, tensors, is_tied: config.tie_word_embeddings, sharding: None };
         model.read(weights)?;
         Ok(model)
     }
 
+    /// Of which every rank of `spread` holds a piece.
+    pub fn sharded(
+        weights: &Weights,
+        config: &ModelConfig,
+        spread: &Spread,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Self> {
+        let size = Shards::new(config, spread.group.world_size).size();
+        let kept_on = if spread.placement.cpu_offload { Device::Cpu } else { device };
+        let flat = Flat::new(size, kind, kept_on);
+        let sharding = Sharding::new(config, weights, spread, Pieces::Trained(&flat), (kind, device))?;
+        let tensors: BTreeMap<_, _> =
+            sharding.tensors().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        let names = config.tensors().into_iter().map(|(name, _)| name).collect();
+        Ok(Self { flat, names, tensors, is_tied: config.tie_word_embeddings, sharding: Some(sharding) })
+    }
+
     /// Takes the numbers of a checkpoint, one tensor at a time.
     pub fn read(&self, weights: &Weights) -> Result<()> {
+        if let Some(sharding) = &self.sharding {
+            return sharding.read(weights);
+        }
         for (name, tensor) in &self.tensors {
             let read = weights.load(name, &tensor.size(), tensor.kind(), Device::Cpu)?;
             tch::no_grad(|| tensor.shallow_clone().copy_(&read));
@@ -89,8 +135,11 @@ impl WholeModel {
         Ok(())
     }
 
+    fn name_of<'a>(&self, name: &'a str) -> &'a str {
+        if self.is_tied && name == "lm_head.weight" { "model.embed_tokens.weight" } else { name }
+    }
+
     pub fn tensor(&self, name: &str) -> Option<&Tensor> {
-        let name = if self.is_tied && name == "lm_head.weight" { "model.embed_tokens.weight" } else { name };
-        self.tensors.get(name)
+        self.tensors.get(self.name_of(name))
     }
 }

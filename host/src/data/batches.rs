@@ -2,9 +2,9 @@
 //!
 //! Which elements form a step is decided before, by the order and `batch_size × accumulation × ranks`; the layout decides
 //! how they are computed, never which they are. `padded` is torchtune's: rank r takes every `world_size`-th element and pads
-//! each micro-batch to its longest. `varlen` spreads the elements over ranks by their tokens, then packs them into
-//! micro-batches under a token budget, as documents whose positions restart. Ranks may have different numbers of
-//! micro-batches; that is fine because nothing is communicated before the last.
+//! each micro-batch to its longest. `varlen` packs the elements into micro-batches under a token budget, as documents whose
+//! positions restart, and spreads these over the ranks by their tokens. In a step every rank has as many micro-batches:
+//! sharded models talk in each.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -59,8 +59,7 @@ pub fn microbatches(
             mine.chunks(layout.batch_size).map(<[u32]>::to_vec).collect()
         }
         Layout::Varlen => {
-            let mine = balance(data, elements, world_size).swap_remove(rank);
-            pack(data, &mine, layout.tokens_per_microbatch)
+            spread(data, pack(data, elements, layout.tokens_per_microbatch, world_size), rank, world_size)
         }
     };
     let pad_to = |group: &[u32]| match layout.layout {
@@ -91,8 +90,9 @@ fn balance(data: &Tokenized, rows: &[u32], bins: usize) -> Vec<Vec<u32>> {
     placed.into_iter().map(in_order).collect()
 }
 
-/// Packs `rows` into as few micro-batches of at most `budget` tokens as balancing finds; a longer sample goes alone.
-fn pack(data: &Tokenized, rows: &[u32], budget: usize) -> Vec<Vec<u32>> {
+/// Packs `rows` into as few micro-batches of at most `budget` tokens as balancing finds; a longer sample goes alone. They
+/// are a multiple of `ranks` where the rows are.
+fn pack(data: &Tokenized, rows: &[u32], budget: usize, ranks: usize) -> Vec<Vec<u32>> {
     let length = |row: u32| data.length(row as usize);
     let total = |group: &[u32]| group.iter().map(|&row| length(row)).sum::<usize>();
     let (alone, rest): (Vec<u32>, Vec<u32>) = rows.iter().partition(|&&row| length(row) >= budget);
@@ -101,9 +101,25 @@ fn pack(data: &Tokenized, rows: &[u32], budget: usize) -> Vec<Vec<u32>> {
         // One row a bin always fits, so this ends.
         let fewest = total(&rest).div_ceil(budget.max(1)).max(1);
         let fits = |bins: &Vec<Vec<u32>>| bins.iter().all(|group| total(group) <= budget);
-        groups.extend((fewest..=rest.len()).map(|bins| balance(data, &rest, bins)).find(fits).unwrap_or_default());
+        let is_even = |bins: &usize| (groups.len() + bins).is_multiple_of(ranks) || *bins == rest.len();
+        let counts = (fewest..=rest.len()).filter(is_even);
+        let packed = counts.map(|bins| balance(data, &rest, bins)).find(fits);
+        groups.extend(packed.unwrap_or_default());
     }
     groups
+}
+
+/// The micro-batches of `rank`: as many for each where they divide, and nearly equal tokens. The longest go round the ranks
+/// and back again; ties keep their order.
+fn spread(data: &Tokenized, groups: Vec<Vec<u32>>, rank: usize, ranks: usize) -> Vec<Vec<u32>> {
+    let total = |group: &[u32]| group.iter().map(|&row| data.length(row as usize)).sum::<usize>();
+    let mut places: Vec<usize> = (0..groups.len()).collect();
+    places.sort_by_key(|&place| (Reverse(total(&groups[place])), place));
+    let turn = |index: usize| if (index / ranks).is_multiple_of(2) { index % ranks } else { ranks - 1 - index % ranks };
+    let mut mine: Vec<usize> =
+        places.into_iter().enumerate().filter(|(index, _)| turn(*index) == rank).map(|(_, place)| place).collect();
+    mine.sort_unstable();
+    mine.into_iter().map(|place| groups[place].clone()).collect()
 }
 
 impl MicroBatch {

@@ -61,7 +61,19 @@ impl ModelConfig {
                 norm("self_attn.k_norm", self.head_dim);
             }
         }
+        tensors.sort_by_key(|(name, _)| self.unit(name));
         tensors
+    }
+
+    /// Which part of the model a tensor is of, in the order they are computed: what comes before the blocks is 0, block `i`
+    /// is `i + 1`, what comes after them the last.
+    pub fn unit(&self, name: &str) -> usize {
+        let block = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        match block {
+            Some(block) => block + 1,
+            None if name.starts_with("model.embed_tokens.") => 0,
+            None => self.num_layers as usize + 1,
+        }
     }
 }
 

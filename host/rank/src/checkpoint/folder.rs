@@ -7,10 +7,11 @@ use host::Result;
 use host::config::plan::{CheckpointPlan, ModelPlan};
 use host::error::IoContext;
 use host::hf::config_folder;
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use crate::adapter::peft;
 use crate::checkpoint::resume::{self, ResumeState, existing};
+use crate::checkpoint::shards::ShardFiles;
 use crate::checkpoint::{files, merged};
 use crate::metrics::Curve;
 use crate::model::Weights;
@@ -53,7 +54,20 @@ impl Saver {
         })
     }
 
-    /// Writes the checkpoint `name` and returns its folder. Either the whole folder appears, or none.
+    /// Makes the folder that the checkpoint `name` is written in before it gets its name.
+    pub fn prepare(&self, name: &str) -> Result<PathBuf> {
+        let output_dir = &self.plan.output_dir;
+        fs::create_dir_all(output_dir).path_context("create", output_dir)?;
+        let partial = partial(output_dir, name);
+        if partial.exists() {
+            fs::remove_dir_all(&partial).path_context("remove the unfinished", &partial)?;
+        }
+        fs::create_dir(&partial).path_context("create", &partial)?;
+        Ok(partial)
+    }
+
+    /// Writes the checkpoint `name` and returns its folder. Either the whole folder appears, or none. Where ranks share the
+    /// model, each has written its file to the folder that was prepared.
     pub fn save(
         &mut self,
         name: &str,
@@ -62,14 +76,11 @@ impl Saver {
         state: &ResumeState,
         curve: &Curve,
     ) -> Result<PathBuf> {
-        let output_dir = &self.plan.output_dir;
-        fs::create_dir_all(output_dir).path_context("create", output_dir)?;
-        let target = output_dir.join(name);
-        let partial = output_dir.join(format!(".{name}.partial"));
-        if partial.exists() {
-            fs::remove_dir_all(&partial).path_context("remove the unfinished", &partial)?;
-        }
-        fs::create_dir(&partial).path_context("create", &partial)?;
+        let target = self.plan.output_dir.join(name);
+        let partial = match trained.sharding() {
+            Some(_) => partial(&self.plan.output_dir, name),
+            None => self.prepare(name)?,
+        };
         let filled = self.fill(&partial, base, trained, state, curve);
         let written = filled.and_then(|()| publish(&partial, &target));
         if written.is_err() {
@@ -86,7 +97,19 @@ impl Saver {
     fn fill(&self, dir: &Path, base: &Weights, trained: &Trained, state: &ResumeState, curve: &Curve) -> Result<()> {
         self.copy_small_files(dir)?;
         if !self.plan.adapter_only {
-            merged::write(base, Some(trained), self.kind, merged::MAX_SHARD_BYTES, dir)?;
+            let shared = trained
+                .sharding()
+                .map(|sharding| ShardFiles::open(dir, sharding.shards.clone(), state.position.saved_at));
+            let shared = shared.transpose()?;
+            // Everything that can fail about what was just written failed when it was written.
+            let now = |name: &str, before: &dyn Fn() -> Tensor| match &shared {
+                Some(files) => {
+                    let kept = files.tensor(trained.name_of(name), self.kind);
+                    kept.map_or_else(before, |read| read.expect("a rank's file was just written"))
+                }
+                None => trained.now(name, before),
+            };
+            merged::write(base, &now, self.kind, merged::MAX_SHARD_BYTES, dir)?;
         }
         if let Some(adapter) = trained.lora() {
             // In a folder of its own: beside merged weights, transformers would find it and apply it a second time.
@@ -154,6 +177,11 @@ impl Saver {
             remove_old(&self.written.remove(0));
         }
     }
+}
+
+/// Where the checkpoint `name` is written before it gets its name.
+pub fn partial(output_dir: &Path, name: &str) -> PathBuf {
+    output_dir.join(format!(".{name}.partial"))
 }
 
 /// Removes what saves that were killed have left in `output_dir`: unfinished folders, and old versions whose name a new

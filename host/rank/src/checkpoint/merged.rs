@@ -5,17 +5,19 @@ use std::path::Path;
 
 use host::Result;
 use serde_json::json;
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::files::{self, LazyTensor};
 use crate::model::Weights;
-use crate::trained::Trained;
 
 /// Hugging Face's own limit for one shard.
 pub const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
-/// Writes every tensor of `base`, what was trained counted in, as `kind` into `dir`: `model-0000i-of-0000N.safetensors` and index.
-pub fn write(base: &Weights, trained: Option<&Trained>, kind: Kind, max_shard_bytes: usize, dir: &Path) -> Result<()> {
+/// What the checkpoint's tensor of a name has become; the function given reads what it was.
+pub type Now<'a> = dyn Fn(&str, &dyn Fn() -> Tensor) -> Tensor + 'a;
+
+/// Writes every tensor of `base` as it is `now`, as `kind` into `dir`: `model-0000i-of-0000N.safetensors` and index.
+pub fn write(base: &Weights, now: &Now, kind: Kind, max_shard_bytes: usize, dir: &Path) -> Result<()> {
     let dtype = files::dtype(kind)?;
     let mut shards: Vec<Vec<(&str, Vec<usize>)>> = vec![vec![]];
     let (mut shard_bytes, mut total_bytes) = (0, 0);
@@ -39,7 +41,7 @@ pub fn write(base: &Weights, trained: Option<&Trained>, kind: Kind, max_shard_by
             let name = *name;
             let produce = Box::new(move || {
                 let before = || base.load_any(name, Kind::Float, Device::Cpu).expect("the base was loaded before");
-                trained.map_or_else(before, |trained| trained.now(name, before)).to_kind(kind)
+                now(name, &before).to_kind(kind)
             });
             tensors.push((name.to_owned(), LazyTensor { dtype, shape: shape.clone(), produce }));
         }
@@ -64,7 +66,7 @@ mod tests {
         let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tiny-llama");
         let base = Weights::open(WeightIndex::open(&base, &[]).unwrap()).unwrap();
         let dir = tempfile::tempdir().unwrap();
-        write(&base, None, Kind::BFloat16, LIMIT, dir.path()).unwrap();
+        write(&base, &|_, before| before(), Kind::BFloat16, LIMIT, dir.path()).unwrap();
 
         let index: serde_json::Value =
             serde_json::from_slice(&std::fs::read(dir.path().join("model.safetensors.index.json")).unwrap()).unwrap();

@@ -5,6 +5,7 @@ pub mod files;
 pub mod folder;
 pub mod merged;
 pub mod resume;
+pub mod shards;
 
 pub use folder::Saver;
 pub use resume::{Identity, Position, ResumeState};

@@ -4,13 +4,15 @@ use std::path::{Path, PathBuf};
 
 use host::config::plan::{Dtype, LoraPlan};
 use host::error::IoContext;
-use host::hf::WeightIndex;
+use host::hf::{ModelConfig, WeightIndex};
 use host::{Error, Result};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::files;
+use crate::checkpoint::shards::ShardFiles;
 use crate::model::Weights;
+use crate::shard::Shards;
 
 pub(super) const STATE: &str = "resume.json";
 const TENSORS: &str = "resume.safetensors";
@@ -106,6 +108,9 @@ pub struct Position {
     pub host_version: String,
     /// When it was written, in nanoseconds of Unix time: a folder may hold an older run that went further.
     pub saved_at: u128,
+    /// Ranks that shared the model, each of which wrote a file; 0: one file has everything.
+    #[serde(default)]
+    pub shards: usize,
 }
 
 /// A position with its tensors.
@@ -113,12 +118,24 @@ pub struct ResumeState {
     pub position: Position,
     /// Of an adapter; whole models are in the checkpoint's own weights.
     pub adapter: Option<Tensor>,
+    /// Undefined where each rank's file has its piece.
     pub exp_avg: Tensor,
     pub exp_avg_sq: Tensor,
 }
 
+/// Which part of a state a rank goes on from: of a model that ranks share its piece, else everything.
+pub struct Wanted<'a> {
+    pub config: &'a ModelConfig,
+    /// Ranks that share the model now.
+    pub ranks: Option<usize>,
+    pub rank: usize,
+}
+
 impl ResumeState {
     pub fn write(&self, dir: &Path) -> Result<()> {
+        if self.position.shards > 0 {
+            return files::write_json(&dir.join(STATE), &self.position);
+        }
         let tensors = [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)];
         let tensors = self.adapter.iter().map(|adapter| ("parameters", adapter)).chain(tensors);
         let tensors = tensors.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect();
@@ -126,7 +143,7 @@ impl ResumeState {
         files::write_json(&dir.join(STATE), &self.position)
     }
 
-    pub fn read(dir: &Path) -> Result<Self> {
+    pub fn read(dir: &Path, wanted: &Wanted) -> Result<Self> {
         let path = dir.join(STATE);
         let text = std::fs::read_to_string(&path).map_err(|error| {
             Error::config(format!("cannot resume from `{}`", dir.display()))
@@ -139,14 +156,30 @@ impl ResumeState {
                 .cause(error)
                 .hint("it is damaged or of another version of `host`; name another checkpoint with `resume_from`")
         })?;
+        let now = Shards::new(wanted.config, wanted.ranks.unwrap_or(1));
+        let kind = |dtype| if dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float };
+        if position.shards > 0 {
+            let stored = ShardFiles::open(dir, Shards::new(wanted.config, position.shards), position.saved_at)?;
+            let kind = kind(position.identity.dtype);
+            let piece = |field: &str| stored.piece(field, &now, wanted.rank, kind);
+            return Ok(Self { adapter: None, exp_avg: piece("exp_avg")?, exp_avg_sq: piece("exp_avg_sq")?, position });
+        }
         let weights = Weights::open(WeightIndex::open(dir, &[TENSORS.to_owned()])?)?;
         let shape = [position.identity.num_parameters];
         let load = |name: &str| {
             let kind = match weights.index.get(name)?.dtype {
-                safetensors::Dtype::BF16 => tch::Kind::BFloat16,
-                _ => tch::Kind::Float,
+                safetensors::Dtype::BF16 => Kind::BFloat16,
+                _ => Kind::Float,
             };
-            weights.load(name, &shape, kind, Device::Cpu)
+            if wanted.ranks.is_none() {
+                return weights.load(name, &shape, kind, Device::Cpu);
+            }
+            let piece = Tensor::zeros([now.size()], (kind, Device::Cpu));
+            for (begin, kept) in now.of_rank(wanted.rank as i64).filter(|(_, kept)| !kept.is_empty()) {
+                let length = kept.end - kept.start;
+                piece.narrow(0, begin, length).copy_(&weights.load_range(name, &shape, kept, kind)?);
+            }
+            Ok(piece)
         };
         Ok(Self {
             adapter: position.identity.lora.as_ref().map(|_| load("parameters")).transpose()?,
@@ -213,6 +246,7 @@ mod tests {
             identity,
             host_version,
             saved_at,
+            shards: 0,
         }
     }
 

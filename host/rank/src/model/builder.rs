@@ -1,12 +1,15 @@
 //! Hands out layers by checkpoint name. The one seam that knows where weights come from, which of them are trained and
 //! which carry an adapter; a family only says what it is made of.
 
+use std::rc::Rc;
+
 use host::{Error, Result};
 use host_ffi::autograd::LinearLayer;
 use tch::{Device, Kind, Tensor};
 
 use crate::model::layers::{Linear, RmsNorm};
 use crate::model::{Rope, Weights};
+use crate::shard::Sharding;
 use crate::torch::TorchContext;
 use crate::trained::Trained;
 
@@ -16,12 +19,23 @@ pub struct Builder<'a> {
     pub trained: Option<&'a Trained>,
     pub kind: Kind,
     pub device: Device,
+    sharding: Option<&'a Rc<Sharding>>,
     prefix: String,
 }
 
 impl<'a> Builder<'a> {
     pub fn new(weights: &'a Weights, trained: Option<&'a Trained>, kind: Kind, device: Device) -> Self {
-        Self { weights, trained, kind, device, prefix: String::new() }
+        let sharding = trained.and_then(Trained::sharding);
+        Self { weights, trained, kind, device, sharding, prefix: String::new() }
+    }
+
+    /// The same for frozen weights that ranks share.
+    pub fn sharded(self, sharding: Option<&'a Rc<Sharding>>) -> Self {
+        Self { sharding: sharding.or(self.sharding), ..self }
+    }
+
+    pub fn sharding(&self) -> Option<Rc<Sharding>> {
+        self.sharding.map(Rc::clone)
     }
 
     /// The builder of what lies under `name`.
@@ -31,12 +45,15 @@ impl<'a> Builder<'a> {
 
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         let name = self.full(name);
-        match self.trained {
-            Some(Trained::Whole(model)) => model.tensor(&name).map(Tensor::shallow_clone).ok_or_else(|| {
-                Error::bug(format!("`{name}` is a part of the model, and not of what is trained")).hint(Error::REPORT)
-            }),
-            _ => self.weights.load(&name, shape, self.kind, self.device),
-        }
+        let known = match (self.trained, self.sharding) {
+            (Some(Trained::Whole(model)), _) => model.tensor(&name),
+            (_, Some(sharding)) => sharding.tensor(&name),
+            _ => return self.weights.load(&name, shape, self.kind, self.device),
+        };
+        known.map(Tensor::shallow_clone).ok_or_else(|| {
+            Error::bug(format!("`{name}` is a part of the model, and not of what is trained or shared"))
+                .hint(Error::REPORT)
+        })
     }
 
     pub fn linear(&self, name: &str, inputs: i64, outputs: i64, bias: bool) -> Result<Linear> {

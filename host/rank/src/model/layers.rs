@@ -1,5 +1,7 @@
 //! The layers a decoder is made of. `T` tokens of all documents laid end to end, `D` hidden, `N` heads, `H` head size.
 
+use std::rc::Rc;
+
 use host::Result;
 use host_ffi::autograd::{self, LinearLayer};
 use tch::{Kind, Tensor};
@@ -9,9 +11,9 @@ use crate::model::KvCache;
 use crate::torch::TorchContext;
 
 /// What every layer of one forward is given besides its input.
-pub struct Forward<'a> {
+pub struct Forward {
     /// Where each document begins, and the end: `documents + 1` entries. Attention never crosses one.
-    pub cu_seqlens: &'a [i64],
+    pub cu_seqlens: Rc<[i64]>,
     /// Rotary angles `[T, H/2]`.
     pub cos: Tensor,
     pub sin: Tensor,
@@ -21,16 +23,22 @@ pub struct Forward<'a> {
     pub adapters: bool,
 }
 
-impl Forward<'_> {
-    /// The same for the tokens at `rows` alone, past the last attention.
-    pub fn at(&self, rows: &Tensor) -> Self {
+impl Forward {
+    /// The same, sharing its tensors.
+    pub fn share(&self) -> Self {
         Self {
-            cu_seqlens: self.cu_seqlens,
+            cu_seqlens: Rc::clone(&self.cu_seqlens),
             cos: self.cos.shallow_clone(),
             sin: self.sin.shallow_clone(),
-            dropout_keys: self.dropout_keys.as_ref().map(|keys| keys.index_select(0, rows)),
+            dropout_keys: self.dropout_keys.as_ref().map(Tensor::shallow_clone),
             adapters: self.adapters,
         }
+    }
+
+    /// The same for the tokens at `rows` alone, past the last attention.
+    pub fn at(&self, rows: &Tensor) -> Self {
+        let dropout_keys = self.dropout_keys.as_ref().map(|keys| keys.index_select(0, rows));
+        Self { dropout_keys, ..self.share() }
     }
 }
 
@@ -115,7 +123,7 @@ impl Attention {
     }
 
     fn documents(&self, q: &Tensor, k: &Tensor, v: &Tensor, forward: &Forward, scale: f64) -> Result<Tensor> {
-        autograd::attention_varlen(q, k, v, forward.cu_seqlens, scale).torch("attend")
+        autograd::attention_varlen(q, k, v, &forward.cu_seqlens, scale).torch("attend")
     }
 }
 
@@ -251,7 +259,7 @@ mod tests {
         let labels = Tensor::from_slice(&[3i64, 0, 12, -100, 5, 5, 1, 2, -100, 9, 11]);
         let empty = Tensor::zeros([0], kinds);
         let forward = Forward {
-            cu_seqlens: &[0, rows],
+            cu_seqlens: [0, rows].into(),
             cos: empty.shallow_clone(),
             sin: empty,
             dropout_keys: None,

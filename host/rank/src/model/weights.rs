@@ -1,5 +1,7 @@
 //! A checkpoint's tensors, mapped and converted straight to the dtype and device they are used in.
 
+use std::ops::Range;
+
 use host::hf::{ModelConfig, TensorEntry, WeightIndex};
 use host::{Error, Result};
 use host_ffi::mmap::{self, MappedFile};
@@ -75,6 +77,19 @@ impl Weights {
         let tensor = mmap::tensor_from_bytes(source, &shape, bytes, kind).torch(format!("read `{name}`"))?;
         let tensor = if entry.paired_rows { self.split_pairs(name, tensor)? } else { tensor };
         Ok(tensor.to_device(device))
+    }
+
+    /// Numbers `range` of the tensor called `name`, which must have `shape`, end to end: no others are read.
+    pub fn load_range(&self, name: &str, shape: &[i64], range: Range<i64>, kind: Kind) -> Result<Tensor> {
+        let entry = self.index.get_shaped(name, shape)?;
+        if entry.paired_rows {
+            let whole = self.load_any(name, kind, Device::Cpu)?.reshape([-1]);
+            return Ok(whole.narrow(0, range.start, range.end - range.start));
+        }
+        let source = self.kind(name, entry)?;
+        let at = |number: i64| entry.start + number as usize * source.elt_size_in_bytes();
+        let bytes = &self.files[entry.file][at(range.start)..at(range.end)];
+        mmap::tensor_from_bytes(source, &[range.end - range.start], bytes, kind).torch(format!("read `{name}`"))
     }
 
     /// Rows `(pair, half)` of each head to `(half, pair)`: Meta's layout to Hugging Face's (parity §3.4).

@@ -1,5 +1,7 @@
 //! A micro-batch on the device, and what the model makes of it.
 
+use std::rc::Rc;
+
 use host::Result;
 use host::data::MicroBatch;
 use tch::{Device, Tensor};
@@ -22,7 +24,7 @@ pub enum Which {
 pub struct DeviceBatch {
     tokens: Tensor,    // [T]
     positions: Tensor, // [T]
-    cu_seqlens: Vec<i64>,
+    cu_seqlens: Rc<[i64]>,
     label_positions: Tensor, // [L], into T
     pub labels: Tensor,      // [L]
     documents: Vec<i64>,     // [L]
@@ -46,7 +48,7 @@ impl DeviceBatch {
         Self {
             tokens: on_device(&batch.tokens),
             positions: on_device(&batch.positions),
-            cu_seqlens: batch.cu_seqlens.clone(),
+            cu_seqlens: batch.cu_seqlens.as_slice().into(),
             label_positions: on_device(&batch.label_positions),
             labels: on_device(&batch.labels),
             documents: batch.label_documents(),
@@ -63,8 +65,8 @@ impl DeviceBatch {
     }
 
     /// With dropout for a model in training, and with its adapters; as it is in the checkpoint otherwise.
-    fn forward(&self, model: &Llama, which: Which) -> Forward<'_> {
-        let mut forward = model.forward(&self.positions, &self.cu_seqlens);
+    fn forward(&self, model: &Llama, which: Which) -> Forward {
+        let mut forward = model.forward(&self.positions, Rc::clone(&self.cu_seqlens));
         forward.adapters = which == Which::Trained;
         forward.dropout_keys = self.dropout_keys.as_ref().filter(|_| forward.adapters).map(Tensor::shallow_clone);
         forward

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Instant;
 
 use host::config::plan::{DatasetPlan, ModelPlan, RowsPlan, SchedulePlan, TrainPlan};
@@ -15,14 +16,16 @@ use host::{Error, Result};
 use tch::{Device, Kind};
 
 use crate::adapter::{LoraAdapter, peft};
-use crate::checkpoint::resume::{self, Identity, Position, ResumeState};
+use crate::checkpoint::resume::{self, Identity, Position, ResumeState, Wanted};
 use crate::checkpoint::{Saver, folder};
 use crate::dist::{self, Group};
 use crate::metrics::{Curve, Recorder};
 use crate::model::builder::Builder;
 use crate::model::{Llama, Weights};
 use crate::optim::{AdamW, Schedule};
+use crate::shard::{Pieces, Sharding, Spread};
 use crate::train::agree::{self, Facts};
+use crate::train::evaluate::Validation;
 use crate::train::run::{Loss, Others, Parts, Run, rows_of_epoch};
 use crate::trained::{Trained, WholeModel};
 use crate::{device, torch};
@@ -70,6 +73,17 @@ pub struct Start {
 impl Opened {
     /// Builds the model of a plan's section: to `start` training, or as it stands. Without an adapter all of it is trained.
     pub fn open(plan: &ModelPlan, kind: Kind, device: Device, start: Option<Start>) -> Result<Self> {
+        Self::spread(plan, kind, device, start, None)
+    }
+
+    /// The same of a model that the ranks of `spread` share.
+    pub fn spread(
+        plan: &ModelPlan,
+        kind: Kind,
+        device: Device,
+        start: Option<Start>,
+        spread: Option<&Spread>,
+    ) -> Result<Self> {
         let config = ModelConfig::read(&plan.checkpoint_dir)?;
         let weights = Weights::of_model(WeightIndex::open(&plan.checkpoint_dir, &plan.checkpoint_files)?, &config)?;
         weights.check_types()?;
@@ -97,13 +111,20 @@ impl Opened {
                 let Start { seed, adapter_kind } = start.unwrap_or(Start { seed: 0, adapter_kind: kind });
                 Some(Trained::Lora(LoraAdapter::new(lora, &config.linears(), seed, adapter_kind, device)?))
             }
-            (None, Some(_)) => Some(Trained::Whole(WholeModel::new(&weights, &config, kind, device)?)),
+            (None, Some(_)) => Some(Trained::Whole(match spread {
+                Some(spread) => WholeModel::sharded(&weights, &config, spread, kind, device)?,
+                None => WholeModel::new(&weights, &config, kind, device)?,
+            })),
             (None, None) => None,
         };
         if let (Some(Trained::Lora(adapter)), Some(path)) = (&trained, &plan.adapter) {
             peft::read_weights(adapter, path, &config)?;
         }
-        let model = Llama::build(&config, &Builder::new(&weights, trained.as_ref(), kind, device))?;
+        let frozen = spread.filter(|_| trained.as_ref().is_none_or(|trained| trained.lora().is_some()));
+        let frozen = frozen.map(|spread| Sharding::new(&config, &weights, spread, Pieces::Frozen, (kind, device)));
+        let frozen = frozen.transpose()?;
+        let builder = Builder::new(&weights, trained.as_ref(), kind, device).sharded(frozen.as_ref());
+        let model = Llama::build(&config, &builder)?;
         let base: i64 = weights.index.tensors.values().map(|entry| entry.shape.iter().product::<usize>() as i64).sum();
         let added = trained.as_ref().and_then(Trained::lora).map_or(0, |adapter| adapter.flat.size());
         Ok(Self { weights, model, trained, num_parameters: base + added })
@@ -144,14 +165,18 @@ impl Run {
         // Without a seed in the config each start draws one, and ranks may be started one by one: rank 0's is taken.
         let seed = group.from_main(&plan.seed.to_le_bytes())?;
         plan.seed = seed.try_into().map(u64::from_le_bytes).map_err(|_| Error::bug("a seed has eight bytes"))?;
-        placement(&plan, group.world_size)?;
+        let group = Rc::new(group);
+        let placement = Placement::decide(&plan.placement, group.world_size)?;
+        let checkpoint_every = placement.checkpoint_every;
+        let spread = placement.is_sharded.then(|| Spread { group: Rc::clone(&group), placement });
         let kind = torch::kind(plan.dtype);
         let adapter_kind = if plan.compat_torchtune { kind } else { Kind::Float };
         let start = Start { seed: plan.seed, adapter_kind };
-        let opened = Opened::open(&plan.model, kind, device, Some(start))?;
+        let mut opened = Opened::spread(&plan.model, kind, device, Some(start), spread.as_ref())?;
+        opened.model.checkpoint_every = checkpoint_every;
         let trained = opened.trained.ok_or_else(|| Error::bug("a model to train has nothing to train"))?;
         check_fit(&opened.model.config, &tokens)?;
-        let others = open_others(&plan, &opened.model.config, kind, device)?;
+        let others = open_others(&plan, &opened.model.config, kind, device, spread.as_ref())?;
         // Padding is never looked at; a padding token that was added past the embedding must not be looked up either.
         let pad = if tokens.pad < opened.model.config.vocab_size { tokens.pad } else { 0 };
         let mut optimizer = AdamW::new(&plan.optimizer, &trained.flat().numbers);
@@ -168,7 +193,7 @@ impl Run {
         let record = record(&plan, &inputs, &position);
         agree::check(&group, &facts(&config, &record, &position, tokens.validation.as_ref(), &trained))?;
         if group.is_main() {
-            let (all, trainable) = (opened.num_parameters, trained.flat().size());
+            let (all, trainable) = (opened.num_parameters, trained.num_parameters());
             let share = 100.0 * trainable as f64 / all as f64;
             let layers = opened.model.config.num_layers;
             let (dtype, device, seconds) = (plan.dtype, device::name(device), started.elapsed().as_secs_f64());
@@ -210,7 +235,10 @@ impl Run {
         };
         let validation = tokens.validation.map(|rows| {
             let all: Vec<u32> = (0..rows.len() as u32).collect();
-            data::microbatches(&rows, &all, &layout, group.rank, group.world_size)
+            let of = |rank| data::microbatches(&rows, &all, &layout, rank, group.world_size);
+            let most = (0..group.world_size).map(|rank| of(rank).len()).max().unwrap_or(0);
+            let filler = data::microbatches(&rows, &all[..1], &layout, 0, 1).pop();
+            Validation { batches: of(group.rank), most, filler }
         });
         let (recorder, saver) = if group.is_main() {
             let saver = Saver::new(&plan.checkpoint, &plan.model, kind, record, &plan.resolved_yaml)?;
@@ -244,25 +272,17 @@ impl Run {
     }
 }
 
-/// What each rank holds of the model.
-fn placement(plan: &TrainPlan, world_size: usize) -> Result<Placement> {
-    let placement = Placement::decide(&plan.placement, world_size)?;
-    if placement.is_sharded {
-        return Err(Error::config("a model cannot be sharded yet")
-            .hint("set `parallel: replicate` and leave out `fsdp_cpu_offload`"));
-    }
-    if placement.checkpoint_every.is_some() {
-        return Err(Error::config("activation checkpointing is not built yet")
-            .hint("leave it out: `enable_activation_checkpointing=False`, `~ac_mode`"));
-    }
-    Ok(placement)
-}
-
 /// The frozen models beside the one that is trained. They read the same tokens.
-fn open_others(plan: &TrainPlan, trained: &ModelConfig, kind: Kind, device: Device) -> Result<Others> {
+fn open_others(
+    plan: &TrainPlan,
+    trained: &ModelConfig,
+    kind: Kind,
+    device: Device,
+    spread: Option<&Spread>,
+) -> Result<Others> {
     let open = |frozen: &Option<ModelPlan>, what: &str| {
         let Some(frozen) = frozen else { return Ok(None) };
-        let model = Opened::open(frozen, kind, device, None)
+        let model = Opened::spread(frozen, kind, device, None, spread)
             .map_err(|error| error.cause(format!("it is the model of `{what}`")))?
             .model;
         if model.config.vocab_size != trained.vocab_size {
@@ -284,7 +304,7 @@ fn identity(plan: &TrainPlan, base: &Weights, trained: &Trained, data: &Tokenize
     Identity {
         base_model: base.fingerprint(),
         lora: trained.lora().map(|adapter| adapter.plan.clone()),
-        num_parameters: trained.flat().size(),
+        num_parameters: trained.num_parameters(),
         dtype: plan.dtype,
         compat_torchtune: plan.compat_torchtune,
         shuffle: plan.shuffle,
@@ -308,6 +328,7 @@ fn beginning(plan: &TrainPlan, identity: Identity, group: &Group) -> Position {
         identity,
         host_version: env!("CARGO_PKG_VERSION").to_owned(),
         saved_at: 0,
+        shards: 0,
     }
 }
 
@@ -371,7 +392,8 @@ fn restore(
     optimizer: &mut AdamW,
     group: &Group,
 ) -> Result<Position> {
-    let state = ResumeState::read(dir)?;
+    let ranks = trained.sharding().map(|_| group.world_size);
+    let state = ResumeState::read(dir, &Wanted { config, ranks, rank: group.rank })?;
     let position = state.position;
     position.identity.check(identity, dir)?;
     let (samples, per_turn) = (position.samples_per_step, plan.batch_size * group.world_size);
@@ -437,7 +459,10 @@ fn facts(
     }
     add("the tokens of `dataset_val`", validation.map_or("none", Tokenized::digest).to_owned());
     add("the step to go on from", position.step.to_string());
-    add("the numbers to train", format!("of digest {}", trained.flat().digest()));
+    // Pieces differ; that they are of one model its fingerprint says.
+    if trained.sharding().is_none() {
+        add("the numbers to train", format!("of digest {}", trained.flat().digest()));
+    }
     facts
 }
 

@@ -13,13 +13,15 @@ use host::worker::StopFlag;
 use host::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::{Position, ResumeState, Saver};
+use crate::checkpoint::{Position, ResumeState, Saver, folder, shards};
 use crate::dist::{self, Group};
 use crate::metrics::{self, Curve, Progress, Recorder, StepMetrics};
 use crate::model::{Llama, Weights};
 use crate::optim::{AdamW, Schedule};
+use crate::shard::{Sharding, Shards};
 use crate::torch::TorchContext;
 use crate::train::batch::{DeviceBatch, DropoutSeed, Which};
+use crate::train::evaluate::Validation;
 use crate::train::step::{Hidden, Metrics, StepState, Sums, Totals};
 use crate::trained::Trained;
 
@@ -28,7 +30,7 @@ pub struct Parts {
     pub plan: TrainPlan,
     /// The resolved config as values, for recipes that ask.
     pub config: serde_json::Value,
-    pub group: Group,
+    pub group: Rc<Group>,
     pub device: Device,
     pub weights: Weights,
     pub model: Llama,
@@ -38,8 +40,7 @@ pub struct Parts {
     pub optimizer: AdamW,
     pub schedule: Schedule,
     pub data: Tokenized,
-    /// This rank's part of the validation set.
-    pub validation: Option<Vec<MicroBatch>>,
+    pub validation: Option<Validation>,
     pub order: Order,
     pub layout: BatchLayout,
     pub position: Position,
@@ -77,6 +78,41 @@ pub trait Loss {
 }
 
 impl Parts {
+    /// Models that ranks share.
+    fn sharded(&self) -> impl Iterator<Item = &Rc<Sharding>> {
+        let Others { reference, teacher } = &self.others;
+        [Some(&self.model), reference.as_ref(), teacher.as_ref()]
+            .into_iter()
+            .flatten()
+            .filter_map(|model| model.sharding.as_ref())
+    }
+
+    /// Writes what this rank has of a model that ranks share; returns the time that rank 0 names the save by.
+    fn write_shard(&self, name: &str, saved_at: u128) -> Result<u128> {
+        let group = &self.group;
+        let saved_at = group.from_main(&saved_at.to_le_bytes())?;
+        let saved_at = saved_at.try_into().map(u128::from_le_bytes).map_err(|_| Error::bug("a time has 16 bytes"))?;
+        group.after_main("make the checkpoint's folder", self.saver.as_ref().map(|saver| saver.prepare(name)))?;
+        let pieces = shards::Pieces {
+            parameters: &self.trained.flat().numbers,
+            exp_avg: &self.optimizer.exp_avg,
+            exp_avg_sq: &self.optimizer.exp_avg_sq,
+        };
+        let dir = folder::partial(&self.plan.checkpoint.output_dir, name);
+        let written = shards::write(&dir, (group.rank, group.world_size), saved_at, &pieces);
+        let failed = group.which(written.is_err())?;
+        written?;
+        match failed.first() {
+            Some(rank) => Err(dist::stopped(format!("rank {rank} could not write its part of the checkpoint"))),
+            None => Ok(saved_at),
+        }
+    }
+
+    /// Nothing of the micro-batch is needed any more.
+    pub(super) fn end_batch(&self) -> Result<()> {
+        self.sharded().try_for_each(|sharding| sharding.end_batch())
+    }
+
     fn epoch_order(&self) -> Vec<u32> {
         let mut order = self.order.epoch(self.position.epoch);
         let more = rows_of_epoch(&self.plan, order.len(), self.group.world_size) - order.len();
@@ -188,13 +224,28 @@ impl Run {
         if which == Which::Trained { work(model) } else { tch::no_grad(|| work(model)) }
     }
 
-    /// The numbers that are trained, flat.
+    /// The numbers that are trained, flat; of a model that ranks share this rank's pieces.
     pub fn parameters(&self) -> Tensor {
         self.parts.trained.flat().numbers.detach()
     }
 
-    /// Gradients of the step under way by parameter, summed and not yet divided.
+    /// Ends the step's last batch, after which its gradients are complete.
+    pub fn end_batches(&mut self) -> Result<()> {
+        self.step.as_mut().ok_or_else(no_step)?.close_batch()?;
+        self.parts.sharded().try_for_each(|sharding| sharding.end_step())
+    }
+
+    /// Which of the numbers this rank has, where ranks share what is trained.
+    pub fn shards(&self) -> Option<&Shards> {
+        self.parts.trained.sharding().map(|sharding| &sharding.shards)
+    }
+
+    /// Gradients of the step under way, whose batches are done: by parameter, summed on this rank and not yet divided; or,
+    /// where ranks share what is trained, of this rank's pieces, summed over all ranks.
     pub fn gradients(&self) -> Vec<(String, Tensor)> {
+        if self.shards().is_some() {
+            return vec![("pieces".to_owned(), self.parts.trained.flat().grad.shallow_clone())];
+        }
         self.parts.trained.parameters().into_iter().map(|(name, parameter)| (name, parameter.grad())).collect()
     }
 
@@ -245,6 +296,7 @@ impl Run {
         let device = self.parts.device;
         let step = self.step.as_mut().ok_or_else(no_step)?;
         step.close_batch()?;
+        self.parts.end_batch()?;
         let Some(batch) = step.waiting.pop_front() else {
             step.current = None;
             return Ok(None);
@@ -406,8 +458,8 @@ impl Run {
 
     /// Ends the step: reduce, scale, clip, update, schedule; then metrics, validation, checkpoint as the plan says.
     pub fn finish_step(&mut self) -> Result<()> {
-        let mut step = self.step.take().ok_or_else(no_step)?;
-        step.close_batch()?;
+        self.end_batches()?;
+        let step = self.step.take().ok_or_else(no_step)?;
         self.check_asked()?;
         if !step.waiting.is_empty() {
             return Err(Error::run(format!(
@@ -432,7 +484,7 @@ impl Run {
                 .cause(format!("it became so in the batch of samples {samples} of the data set, counted from 0"))
                 .hint("lower `optimizer.lr`, or train in `dtype: fp32`; the newest checkpoint is untouched"));
         }
-        let grad_norm = self.update()?;
+        self.update(totals.grad_norm)?;
         let parts = &mut self.parts;
         parts.position.step += 1;
         parts.position.step_in_epoch += 1;
@@ -442,7 +494,7 @@ impl Run {
             &self.parts.group,
             self.parts.device,
         )?;
-        self.report(&totals, grad_norm, step.started.elapsed(), own)?;
+        self.report(&totals, step.started.elapsed(), own)?;
         self.after_step(totals.stops > 0.0)
     }
 
@@ -462,12 +514,23 @@ impl Run {
 
     /// One all-reduce for each piece of the gradients; the sums travel with the first.
     fn reduce(&mut self, sums: &Sums, new_metrics: f64) -> Result<Totals> {
-        const SCALARS: i64 = 8;
+        const SCALARS: i64 = 9;
         let parts = &mut self.parts;
         let stop = f64::from(u8::from(parts.stop.is_set()));
-        let scalars =
-            [sums.weight, sums.tokens, sums.padded_tokens, sums.labels, metrics::peak_rss_mb(), stop, new_metrics]
-                .map(|x| x as f32);
+        // Pieces of a model that ranks share are summed over them already.
+        let is_shared = parts.trained.sharding().is_some();
+        let square = if is_shared { parts.trained.flat().grad_norm().powi(2) } else { 0.0 };
+        let scalars = [
+            sums.weight,
+            sums.tokens,
+            sums.padded_tokens,
+            sums.labels,
+            metrics::peak_rss_mb(),
+            stop,
+            new_metrics,
+            square,
+        ]
+        .map(|x| x as f32);
         let tail = Tensor::cat(
             &[
                 sums.loss.to_kind(Kind::Float).view([1]).to_device(parts.device),
@@ -477,33 +540,37 @@ impl Run {
         );
         let mut pieces = parts.trained.flat().grad_pieces();
         let first = &mut pieces[0];
-        let size = first.size()[0];
-        let sent = Tensor::cat(&[first.to_kind(Kind::Float), tail], 0);
+        let size = if is_shared { 0 } else { first.size()[0] };
+        let sent = Tensor::cat(&[first.narrow(0, 0, size).to_kind(Kind::Float), tail], 0);
         parts.group.set_step(parts.position.step + 1);
         parts.group.all_reduce_sum(&sent)?;
         let numbers: Vec<f64> =
             Vec::try_from(sent.narrow(0, size, SCALARS).to_kind(Kind::Double).to_device(Device::Cpu))
                 .torch("read the step's sums")?;
         parts.group.check()?;
-        let [loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops, new_metrics] = numbers[..] else {
+        let [loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops, new_metrics, square] = numbers[..] else {
             return Err(Error::bug("the reduced sums have another length"));
         };
         let divisor = if weight > 0.0 { weight } else { 1.0 };
-        first.copy_(&(sent.narrow(0, 0, size) / divisor));
-        for piece in &mut pieces[1..] {
+        if size > 0 {
+            first.copy_(&(sent.narrow(0, 0, size) / divisor));
+        }
+        for piece in pieces.iter_mut().skip(usize::from(size > 0)) {
             let sent = piece.to_kind(Kind::Float);
-            parts.group.all_reduce_sum(&sent)?;
+            if !is_shared {
+                parts.group.all_reduce_sum(&sent)?;
+            }
             piece.copy_(&(sent / divisor));
         }
-        Ok(Totals { loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops, new_metrics })
+        let grad_norm = if is_shared { square.sqrt() / divisor } else { parts.trained.flat().grad_norm() };
+        Ok(Totals { loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops, new_metrics, grad_norm })
     }
 
-    /// Clips and applies the gradients; returns their norm before clipping.
-    fn update(&mut self) -> Result<f64> {
+    /// Clips and applies the gradients, which have this `norm`.
+    fn update(&mut self, norm: f64) -> Result<()> {
         let parts = &mut self.parts;
         let flat = parts.trained.flat();
         let mut grad = flat.grad.shallow_clone();
-        let norm = flat.grad_norm();
         if !norm.is_finite() {
             return Err(Error::run(format!("the gradient norm of step {} is {norm}", parts.position.step + 1))
                 .hint("lower `optimizer.lr`, or train in `dtype: fp32`; the newest checkpoint is untouched"));
@@ -516,10 +583,10 @@ impl Run {
         let lr = parts.schedule.at(parts.position.step);
         tch::no_grad(|| parts.optimizer.step(&flat.numbers, &grad, lr))?;
         let _ = grad.zero_();
-        Ok(norm)
+        Ok(())
     }
 
-    fn report(&mut self, totals: &Totals, grad_norm: f64, took: Duration, own: Vec<(String, f64)>) -> Result<()> {
+    fn report(&mut self, totals: &Totals, took: Duration, own: Vec<(String, f64)>) -> Result<()> {
         let parts = &mut self.parts;
         let step = parts.position.step;
         let bytes_received = parts.group.take_bytes_received();
@@ -542,7 +609,7 @@ impl Run {
         }
         metrics.push("tokens_per_second_per_gpu", totals.labels / seconds / parts.group.world_size as f64);
         metrics.push("tokens_per_second", totals.tokens / seconds);
-        metrics.push("grad_norm", grad_norm);
+        metrics.push("grad_norm", totals.grad_norm);
         metrics.push("label_tokens", totals.labels);
         metrics.push("real_tokens", totals.tokens);
         metrics.push("padded_tokens", totals.padded_tokens);
@@ -607,10 +674,14 @@ impl Run {
     fn save(&mut self, name: &str) -> Result<()> {
         let parts = &mut self.parts;
         let started = Instant::now();
+        let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let (saved_at, shards) = match parts.trained.sharding() {
+            Some(_) => (parts.write_shard(name, saved_at)?, parts.group.world_size),
+            None => (saved_at, 0),
+        };
         let saved = parts.saver.as_mut().map(|saver| {
-            let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
             let state = ResumeState {
-                position: Position { saved_at, ..parts.position.clone() },
+                position: Position { saved_at, shards, ..parts.position.clone() },
                 adapter: parts.trained.lora().map(|adapter| adapter.flat.numbers.detach()),
                 exp_avg: parts.optimizer.exp_avg.shallow_clone(),
                 exp_avg_sq: parts.optimizer.exp_avg_sq.shallow_clone(),

@@ -156,6 +156,8 @@ pub struct Totals {
     pub stops: f64,
     /// Names of metrics that not every rank knows.
     pub new_metrics: f64,
+    /// Of the mean gradient, before clipping.
+    pub grad_norm: f64,
 }
 
 impl Totals {

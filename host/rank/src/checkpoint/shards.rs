@@ -1,0 +1,107 @@
+//! The resume state of a model that ranks share: a file for each rank, which any number of ranks can go on from.
+
+use std::path::Path;
+
+use host::hf::WeightIndex;
+use host::{Error, Result};
+use tch::{Kind, Tensor};
+
+use crate::checkpoint::files;
+use crate::model::Weights;
+use crate::shard::Shards;
+
+/// What a rank's file holds: its pieces, each a vector of [`Shards::size`] numbers.
+pub struct Pieces<'a> {
+    pub parameters: &'a Tensor,
+    pub exp_avg: &'a Tensor,
+    pub exp_avg_sq: &'a Tensor,
+}
+
+fn file(rank: i64, ranks: i64) -> String {
+    format!("resume-{:05}-of-{ranks:05}.safetensors", rank + 1)
+}
+
+/// A name that no file of another save has.
+fn name(field: &str, rank: i64, saved_at: u128) -> String {
+    format!("{field}.{rank}.{saved_at}")
+}
+
+/// Writes the file of `rank`.
+pub fn write(dir: &Path, (rank, ranks): (usize, usize), saved_at: u128, pieces: &Pieces) -> Result<()> {
+    let (rank, ranks) = (rank as i64, ranks as i64);
+    let fields = [("parameters", pieces.parameters), ("exp_avg", pieces.exp_avg), ("exp_avg_sq", pieces.exp_avg_sq)];
+    let tensors = fields.map(|(field, tensor)| (name(field, rank, saved_at), tensor.detach()));
+    files::write_tensors(&dir.join(file(rank, ranks)), tensors.into())
+}
+
+/// The files of all ranks, mapped.
+pub struct ShardFiles {
+    weights: Weights,
+    stored: Shards,
+    saved_at: u128,
+}
+
+impl ShardFiles {
+    /// Opens those of the save `saved_at`; `stored` says how its ranks shared the model.
+    pub fn open(dir: &Path, stored: Shards, saved_at: u128) -> Result<Self> {
+        let names: Vec<_> = (0..stored.ranks).map(|rank| file(rank, stored.ranks)).collect();
+        let damaged = |name: &str, what: &str| {
+            Error::config(format!("the checkpoint `{}` is not whole: {what}", dir.display()))
+                .at_file(dir.join(name))
+                .hint("each rank wrote one such file: bring all of them to one folder, or name another checkpoint with `resume_from`")
+        };
+        if let Some(missing) = names.iter().find(|name| !dir.join(name).is_file()) {
+            return Err(damaged(missing, "a rank's file is missing"));
+        }
+        let weights = Weights::open(WeightIndex::open(dir, &names)?)?;
+        for (rank, name_of_file) in names.iter().enumerate() {
+            if !weights.index.tensors.contains_key(&name("exp_avg", rank as i64, saved_at)) {
+                return Err(damaged(name_of_file, "a rank's file is of another save"));
+            }
+        }
+        Ok(Self { weights, stored, saved_at })
+    }
+
+    /// The piece that `rank` keeps of `field`, as `wanted` says, whoever had it before.
+    pub fn piece(&self, field: &str, wanted: &Shards, rank: usize, kind: Kind) -> Result<Tensor> {
+        let piece = Tensor::zeros([wanted.size()], (kind, tch::Device::Cpu));
+        for stored_rank in 0..self.stored.ranks {
+            for ((begin, kept), (stored_begin, stored)) in
+                wanted.of_rank(rank as i64).zip(self.stored.of_rank(stored_rank))
+            {
+                let (from, to) = (kept.start.max(stored.start), kept.end.min(stored.end));
+                if from < to {
+                    let first = stored_begin + from - stored.start;
+                    let read = self.read(field, stored_rank, first, to - from, kind)?;
+                    piece.narrow(0, begin + from - kept.start, to - from).copy_(&read);
+                }
+            }
+        }
+        Ok(piece)
+    }
+
+    /// The tensor of the model called `tensor`, whole, as `parameters` has it; none of that name.
+    pub fn tensor(&self, tensor: &str, kind: Kind) -> Option<Result<Tensor>> {
+        let (_, shape, start) = self.stored.tensors.iter().find(|(name, ..)| name == tensor)?;
+        Some(self.whole(shape, *start, kind))
+    }
+
+    fn whole(&self, shape: &[i64], start: i64, kind: Kind) -> Result<Tensor> {
+        let end = start + shape.iter().product::<i64>();
+        let whole = Tensor::zeros([end - start], (kind, tch::Device::Cpu));
+        for rank in 0..self.stored.ranks {
+            for (begin, kept) in self.stored.of_rank(rank) {
+                let (from, to) = (kept.start.max(start), kept.end.min(end));
+                if from < to {
+                    let read = self.read("parameters", rank, begin + from - kept.start, to - from, kind)?;
+                    whole.narrow(0, from - start, to - from).copy_(&read);
+                }
+            }
+        }
+        Ok(whole.view(shape))
+    }
+
+    fn read(&self, field: &str, rank: i64, first: i64, count: i64, kind: Kind) -> Result<Tensor> {
+        self.weights.load_range(&name(field, rank, self.saved_at), &[self.stored.size()], first..first + count, kind)
+    }
+}

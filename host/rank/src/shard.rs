@@ -1,0 +1,383 @@
+//! A model of which every rank holds a part. The tensors of a *unit* (a block; what comes before the blocks; what comes
+//! after) lie end to end, each rank keeps an equal piece of that, and the whole is there only while it is needed: gathered
+//! for a block's forward while the block before it computes, given back after, gathered again for its backward. Gradients
+//! of trained weights are reduced to the piece that this rank updates.
+//!
+//! Layers know nothing of it: their weights are views of the unit's memory, which comes and goes under them. Only the order
+//! of blocks is told, by [`Sharding::enter`] and [`Sharding::leave`]. Every rank has to run the same forwards and backwards.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::rc::Rc;
+
+use host::hf::ModelConfig;
+use host::placement::Placement;
+use host::{Error, Result};
+use host_ffi::dist::Work;
+use host_ffi::{FfiError, shard as memory};
+use tch::{Device, Kind, Tensor};
+
+use crate::dist::Group;
+use crate::flat::Flat;
+use crate::model::Weights;
+use crate::torch::TorchContext;
+
+/// Over whom a model is spread, and how.
+#[derive(Clone)]
+pub struct Spread {
+    pub group: Rc<Group>,
+    pub placement: Placement,
+}
+
+pub struct Sharding {
+    group: Rc<Group>,
+    pub shards: Shards,
+    units: Vec<Unit>,
+    /// By checkpoint name.
+    tensors: BTreeMap<String, Tensor>,
+    device: Device,
+    reshard_after_forward: bool,
+    /// The unit whose gradients are on their way, and where they arrive.
+    reducing: RefCell<Option<(usize, Work, Tensor)>>,
+}
+
+struct Unit {
+    /// `[padded size]`; there while `state` says so.
+    whole: Tensor,
+    /// Gradients of all of it, where it is trained; there while `has_grad`.
+    grad: Option<Tensor>,
+    /// This rank's piece, and its gradients.
+    shard: Tensor,
+    shard_grad: Option<Tensor>,
+    state: RefCell<State>,
+    has_grad: Cell<bool>,
+}
+
+enum State {
+    Away,
+    Coming(Work),
+    Here,
+}
+
+/// Where every number of a model is: canonical numbers are the tensors end to end, in the order of
+/// [`ModelConfig::tensors`]; a unit is a range of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shards {
+    /// Name, shape, and the first canonical number of each tensor.
+    pub tensors: Vec<(String, Vec<i64>, i64)>,
+    /// Canonical ranges.
+    pub units: Vec<Range<i64>>,
+    pub ranks: i64,
+}
+
+impl Shards {
+    pub fn new(config: &ModelConfig, ranks: usize) -> Self {
+        let (mut tensors, mut units) = (vec![], Vec::<(usize, Range<i64>)>::new());
+        let mut next = 0;
+        for (name, shape) in config.tensors() {
+            let (unit, start) = (config.unit(&name), next);
+            next += shape.iter().product::<i64>();
+            match units.last_mut() {
+                Some((last, range)) if *last == unit => range.end = next,
+                _ => units.push((unit, start..next)),
+            }
+            tensors.push((name, shape, start));
+        }
+        Self { tensors, units: units.into_iter().map(|(_, range)| range).collect(), ranks: ranks as i64 }
+    }
+
+    /// Numbers of a unit that one rank keeps; the last rank's piece is filled up.
+    pub fn piece(&self, unit: usize) -> i64 {
+        let range = &self.units[unit];
+        (range.end - range.start + self.ranks - 1) / self.ranks
+    }
+
+    /// Numbers that one rank keeps.
+    pub fn size(&self) -> i64 {
+        (0..self.units.len()).map(|unit| self.piece(unit)).sum()
+    }
+
+    /// Numbers in all.
+    pub fn total(&self) -> i64 {
+        self.units.last().map_or(0, |range| range.end)
+    }
+
+    /// The canonical numbers that `rank` keeps: of each unit where they begin in the rank's vector, and which they are.
+    pub fn of_rank(&self, rank: i64) -> impl Iterator<Item = (i64, Range<i64>)> {
+        let mut place = 0;
+        (0..self.units.len()).map(move |unit| {
+            let (range, piece, begin) = (&self.units[unit], self.piece(unit), place);
+            place += piece;
+            let start = (range.start + rank * piece).min(range.end);
+            (begin, start..(start + piece).min(range.end))
+        })
+    }
+}
+
+/// What a unit's pieces are: frozen, or views of what is trained.
+pub enum Pieces<'a> {
+    Frozen,
+    Trained(&'a Flat),
+}
+
+impl Sharding {
+    /// Lays out a model of which this rank holds its piece, and reads that of `weights`. `kind` is what is computed in.
+    pub fn new(
+        config: &ModelConfig,
+        weights: &Weights,
+        spread: &Spread,
+        pieces: Pieces,
+        (kind, device): (Kind, Device),
+    ) -> Result<Rc<Self>> {
+        let Spread { group, placement } = spread.clone();
+        check(config, group.world_size)?;
+        let shards = Shards::new(config, group.world_size);
+        let kept_on = if placement.cpu_offload { Device::Cpu } else { device };
+        let mut units = vec![];
+        let mut tensors = BTreeMap::new();
+        for (unit, (begin, _)) in shards.of_rank(group.rank as i64).enumerate() {
+            let piece = shards.piece(unit);
+            let zeros = |size: i64| Tensor::zeros([size], (kind, device));
+            let whole = zeros(piece * shards.ranks);
+            let (shard, shard_grad, grad) = match pieces {
+                Pieces::Frozen => (Tensor::zeros([piece], (kind, kept_on)), None, None),
+                Pieces::Trained(flat) => (
+                    flat.numbers.narrow(0, begin, piece),
+                    Some(flat.grad.narrow(0, begin, piece)),
+                    Some(zeros(piece * shards.ranks)),
+                ),
+            };
+            let range = &shards.units[unit];
+            for (name, shape, start) in shards.tensors.iter().filter(|(_, _, start)| range.contains(start)) {
+                let view =
+                    |flat: &Tensor| flat.narrow(0, start - range.start, shape.iter().product::<i64>()).view(&shape[..]);
+                let mut tensor = view(&whole);
+                if let Some(grad) = &grad {
+                    tensor = tensor.set_requires_grad(true);
+                    host_ffi::grad::set_grad(&tensor, &view(grad)).torch("lay out the gradients")?;
+                }
+                tensors.insert(name.clone(), tensor);
+            }
+            memory::free_storage(&whole).torch("free a unit")?;
+            if let Some(grad) = &grad {
+                memory::free_storage(grad).torch("free a unit")?;
+            }
+            let (state, has_grad) = (RefCell::new(State::Away), Cell::new(false));
+            units.push(Unit { whole, grad, shard, shard_grad, state, has_grad });
+        }
+        let reshard_after_forward = placement.reshard_after_forward;
+        let reducing = RefCell::default();
+        let sharding = Self { group, shards, units, tensors, device, reshard_after_forward, reducing };
+        sharding.read(weights)?;
+        Ok(Rc::new(sharding))
+    }
+
+    /// Takes this rank's numbers of a checkpoint, and reads no others.
+    pub fn read(&self, weights: &Weights) -> Result<()> {
+        let shards = &self.shards;
+        for (unit, (_, kept)) in self.units.iter().zip(shards.of_rank(self.group.rank as i64)) {
+            for (name, shape, start) in &shards.tensors {
+                let end = start + shape.iter().product::<i64>();
+                let (from, to) = (kept.start.max(*start), kept.end.min(end));
+                if from < to {
+                    let read = weights.load_range(name, shape, from - start..to - start, unit.whole.kind())?;
+                    tch::no_grad(|| unit.shard.narrow(0, from - kept.start, to - from).copy_(&read));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub fn tensor(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    pub fn tensors(&self) -> impl Iterator<Item = (&String, &Tensor)> {
+        self.tensors.iter()
+    }
+
+    fn last(&self) -> usize {
+        self.units.len() - 1
+    }
+
+    /// What comes before the first block is needed now, what comes after the last soon.
+    pub fn begin(&self) -> Result<()> {
+        self.gather(0)?;
+        self.start_gather(1)?;
+        self.take_root_grads()
+    }
+
+    /// Block `index` is computed next, from `x`.
+    pub fn enter(self: &Rc<Self>, index: usize, x: Tensor) -> Result<Tensor> {
+        let unit = index + 1;
+        self.gather(unit)?;
+        self.start_gather(unit + 1)?;
+        if !records(&x) {
+            return Ok(x);
+        }
+        let sharding = Rc::clone(self);
+        self.hook(x, move || sharding.after_backward(unit))
+    }
+
+    /// Block `index` has made `y`.
+    pub fn leave(self: &Rc<Self>, index: usize, y: Tensor) -> Result<Tensor> {
+        let unit = index + 1;
+        let is_recorded = records(&y);
+        // The last block is the first that backward needs.
+        if self.reshard_after_forward && !(is_recorded && unit + 1 == self.last()) {
+            self.free(unit)?;
+        }
+        if !is_recorded {
+            return Ok(y);
+        }
+        let sharding = Rc::clone(self);
+        self.hook(y, move || sharding.before_backward(unit))
+    }
+
+    /// What comes after the last block is needed now.
+    pub fn end(&self) -> Result<()> {
+        self.gather(self.last())
+    }
+
+    fn hook(&self, x: Tensor, step: impl Fn() -> Result<()> + 'static) -> Result<Tensor> {
+        let passed_on = move |grad: &Tensor| {
+            step().map_err(|error| FfiError(error.to_string()))?;
+            Ok(Some(grad.shallow_clone()))
+        };
+        memory::node(&x, &x, passed_on).torch("hook into the backward pass")
+    }
+
+    fn before_backward(&self, unit: usize) -> Result<()> {
+        self.gather(unit)?;
+        self.take_grad(unit)?;
+        if unit > 1 { self.start_gather(unit - 1) } else { Ok(()) }
+    }
+
+    fn after_backward(&self, unit: usize) -> Result<()> {
+        if self.reshard_after_forward {
+            self.free(unit)?;
+            self.start_reduce(unit)?;
+        }
+        Ok(())
+    }
+
+    /// A micro-batch is done: nothing of it is needed any more.
+    pub fn end_batch(&self) -> Result<()> {
+        if self.reshard_after_forward { self.release() } else { Ok(()) }
+    }
+
+    /// A step's gradients are complete: afterwards the pieces hold their sums over all ranks, and what was gathered, which
+    /// is about to change, is given back.
+    pub fn end_step(&self) -> Result<()> {
+        self.release()
+    }
+
+    /// Reduces what gradients there are and gives everything back.
+    fn release(&self) -> Result<()> {
+        for unit in (0..self.units.len()).rev() {
+            self.start_reduce(unit)?;
+        }
+        self.finish_reduce()?;
+        // Frozen weights that stay between forward and backward stay for good.
+        let is_trained = self.units[0].grad.is_some();
+        if is_trained || self.reshard_after_forward {
+            for unit in 0..self.units.len() {
+                self.free(unit)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts to bring a unit here.
+    fn start_gather(&self, index: usize) -> Result<()> {
+        let unit = &self.units[index];
+        let mut state = unit.state.borrow_mut();
+        if let State::Away = *state {
+            memory::take_storage(&unit.whole).torch("take memory for a block")?;
+            let shard = unit.shard.detach().to_device(self.device).to_kind(unit.whole.kind());
+            *state = State::Coming(self.group.all_gather_into(&unit.whole, &shard)?);
+        }
+        Ok(())
+    }
+
+    /// Waits until a unit is here.
+    fn gather(&self, index: usize) -> Result<()> {
+        self.start_gather(index)?;
+        let mut state = self.units[index].state.borrow_mut();
+        if let State::Coming(work) = std::mem::replace(&mut *state, State::Here) {
+            self.group.wait(work)?;
+        }
+        Ok(())
+    }
+
+    fn free(&self, index: usize) -> Result<()> {
+        let unit = &self.units[index];
+        let before = unit.state.replace(State::Away);
+        match before {
+            State::Away => return Ok(()),
+            State::Coming(work) => self.group.wait(work)?,
+            State::Here => {}
+        }
+        memory::free_storage(&unit.whole).torch("free a block")
+    }
+
+    /// Memory for the gradients of what is outside of the blocks, which backward reaches before any hook.
+    fn take_root_grads(&self) -> Result<()> {
+        if host_ffi::grad::is_enabled() {
+            self.take_grad(0)?;
+            self.take_grad(self.last())?;
+        }
+        Ok(())
+    }
+
+    fn take_grad(&self, index: usize) -> Result<()> {
+        let unit = &self.units[index];
+        if let Some(grad) = &unit.grad
+            && !unit.has_grad.replace(true)
+        {
+            memory::take_storage(grad).torch("take memory for gradients")?;
+            tch::no_grad(|| drop(grad.detach().zero_()));
+        }
+        Ok(())
+    }
+
+    /// Starts to add up a unit's gradients over the ranks, where there are some.
+    fn start_reduce(&self, index: usize) -> Result<()> {
+        self.finish_reduce()?;
+        let unit = &self.units[index];
+        let Some(grad) = unit.grad.as_ref().filter(|_| unit.has_grad.get()) else { return Ok(()) };
+        let sum = Tensor::empty([unit.shard.size()[0]], (grad.kind(), grad.device()));
+        let work = self.group.reduce_scatter_sum(&sum, grad)?;
+        *self.reducing.borrow_mut() = Some((index, work, sum));
+        Ok(())
+    }
+
+    fn finish_reduce(&self) -> Result<()> {
+        let Some((index, work, sum)) = self.reducing.take() else { return Ok(()) };
+        self.group.wait(work)?;
+        let unit = &self.units[index];
+        if let (Some(total), Some(grad)) = (&unit.shard_grad, &unit.grad) {
+            let sum = sum.to_device(total.device()).to_kind(total.kind());
+            tch::no_grad(|| drop(total.shallow_clone().g_add_(&sum)));
+            unit.has_grad.set(false);
+            memory::free_storage(grad).torch("free gradients")?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether every rank gets something of every unit.
+fn check(config: &ModelConfig, ranks: usize) -> Result<()> {
+    let smallest = Shards::new(config, ranks).units.iter().map(|unit| unit.end - unit.start).min().unwrap_or(0);
+    if smallest >= ranks as i64 {
+        return Ok(());
+    }
+    Err(Error::config(format!("{ranks} ranks cannot share {smallest} numbers"))
+        .hint("start fewer ranks, or set `parallel: replicate`"))
+}
+
+/// Whether a backward pass will come through `x`.
+fn records(x: &Tensor) -> bool {
+    x.requires_grad()
+}
