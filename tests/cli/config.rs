@@ -120,7 +120,7 @@ fn an_unknown_key() {
     --- stderr
     error: unknown key `optimizer.learning_rate`
       --> c.yaml:19:3
-    hint: keys of `optimizer`: lr, betas, eps, weight_decay
+    hint: keys of `optimizer`: lr, betas, eps, weight_decay, fp32_master_weights, bf16_stochastic_round
     ");
     assert_snapshot!(Case::edited(&[("  max_seq_len", "  max_seqlen")]).validate(&[]), @"
     exit 2

@@ -204,7 +204,7 @@ fn a_run_tells_what_it_does() {
     let keys = |line: &Value| line.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
     assert_eq!(keys(&lines[0]), "step val_loss");
     let of_step = "step loss lr tokens_per_second_per_gpu tokens_per_second grad_norm label_tokens real_tokens \
-                   padded_tokens seconds peak_rss_mb";
+                   padded_tokens bytes_received seconds peak_rss_mb";
     assert_eq!(keys(&lines[1]), of_step);
     for line in &lines[1..3] {
         let number = |key: &str| line[key].as_f64().unwrap();

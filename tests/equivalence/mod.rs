@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use host::config::plan::{Layout, ModelPlan, Parallel, TrainPlan};
+use host::config::plan::{Dtype, Layout, ModelPlan, Parallel, TrainPlan, Updates};
 use host_rank::train::{Opened, Start};
 use tch::{Kind, Reduction, Tensor};
 
@@ -84,6 +84,9 @@ fn sharding_changes_nothing() {
             ("two ranks, kept for a step", 2, false, false, Layout::Varlen),
             ("two ranks, offloaded, padded", 2, true, true, Layout::Padded),
         ] {
+            if !support::can_share(world) {
+                continue;
+            }
             let sharded = run(world, &|plan| {
                 method(plan);
                 shard(plan);
@@ -119,6 +122,9 @@ fn checkpointed_activations_change_nothing() {
         };
         let plain = run(1, &|_| {});
         for (every, world) in [(1, 1), (2, 1), (1, 2)] {
+            if !support::can_share(world) {
+                continue;
+            }
             let checkpointed = run(world, &|plan| {
                 plan.placement.checkpoint_every = Some(every);
                 if world > 1 {
@@ -130,6 +136,55 @@ fn checkpointed_activations_change_nothing() {
     }
 }
 
+/// Updates below half the last bit of a bf16 weight are lost when they are rounded to the nearest, and count when fp32
+/// copies sum them up or chance rounds them.
+#[test]
+fn small_updates_of_bf16_weights_count() {
+    let learnt = |change: &dyn Fn(&mut TrainPlan)| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan = support::golden_plan(dir.path());
+        support::train_whole(&mut plan);
+        (plan.optimizer.lr, plan.optimizer.weight_decay) = (1e-5, 0.0);
+        plan.run_val_every_n_steps = Some(30);
+        change(&mut plan);
+        let finished = support::train(&plan, &support::golden_rows(), 1, 30);
+        finished.validations[0].1 - finished.validations.last().unwrap().1
+    };
+    let bf16 = |updates| learnt(&move |plan| (plan.dtype, plan.optimizer.updates) = (Dtype::Bf16, updates));
+    let wide = learnt(&|_| {});
+    let [nearest, master, stochastic] = [Updates::Nearest, Updates::Master, Updates::Stochastic].map(bf16);
+    println!("the validation loss fell by {wide} in fp32; bf16: {nearest}, master {master}, stochastic {stochastic}");
+    assert!(nearest < 0.1 * wide, "{nearest} {wide}");
+    // What is measured are the copies in bf16, which lag behind by half a bit.
+    assert!(master > 0.7 * wide, "{master} {wide}");
+    assert!((stochastic / wide - 1.0).abs() < 0.1, "{stochastic} {wide}");
+}
+
+/// The same numbers whether ranks share them or not, and after going on from a checkpoint.
+#[test]
+fn small_updates_depend_on_no_rank_and_survive_a_checkpoint() {
+    for updates in [Updates::Master, Updates::Stochastic] {
+        let method = |plan: &mut TrainPlan| {
+            support::train_whole(plan);
+            (plan.dtype, plan.optimizer.updates) = (Dtype::Bf16, updates);
+            shard(plan);
+        };
+        let straight = run(tempfile::tempdir().unwrap().path(), 1, method);
+        let replicated = run(tempfile::tempdir().unwrap().path(), 1, |plan| {
+            method(plan);
+            plan.placement.parallel = Parallel::Replicate;
+        });
+        assert!(straight.parameters == replicated.parameters, "{updates:?}");
+        let dir = tempfile::tempdir().unwrap();
+        run_until(dir.path(), 1, 7, method);
+        let resumed = run(dir.path(), 1, |plan| {
+            method(plan);
+            plan.checkpoint.resume = true;
+        });
+        assert!(resumed.parameters == straight.parameters, "{updates:?}");
+    }
+}
+
 /// What is saved by shards is gone on from by any number of ranks, sharing or not, and the other way round.
 #[test]
 fn a_sharded_run_resumes_anywhere() {
@@ -137,6 +192,9 @@ fn a_sharded_run_resumes_anywhere() {
     let straight_dir = tempfile::tempdir().unwrap();
     let straight = run(straight_dir.path(), 1, whole);
     for (before, after) in [(2, 2), (2, 4), (4, 2), (2, 0), (0, 2)] {
+        if !support::can_share(before.max(after)) {
+            continue;
+        }
         let dir = tempfile::tempdir().unwrap();
         let spread = |ranks: usize| {
             move |plan: &mut TrainPlan| {

@@ -23,6 +23,16 @@ pub fn device() -> Device {
     })
 }
 
+/// Whether `world` threads can be ranks that share a model: on a GPU libtorch has one thread for the backward passes of all
+/// of them, and ranks that wait for each other in theirs never end.
+pub fn can_share(world: usize) -> bool {
+    let can = world == 1 || device() == Device::Cpu;
+    if !can {
+        println!("skipped: {world} ranks in one process cannot share a model on a GPU");
+    }
+    can
+}
+
 pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures")
 }
@@ -102,7 +112,13 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
         max_steps_per_epoch: None,
         layout: Layout::Varlen,
         tokens_per_microbatch: 2048,
-        optimizer: OptimizerPlan { lr: 3e-4, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01 },
+        optimizer: OptimizerPlan {
+            lr: 3e-4,
+            betas: (0.9, 0.999),
+            eps: 1e-8,
+            weight_decay: 0.01,
+            updates: Updates::Nearest,
+        },
         schedule: SchedulePlan::Cosine { num_warmup_steps: 5, num_cycles: 0.5 },
         loss: LossPlan { guest: None, of_recipe: None, num_output_chunks: 1 },
         clip_grad_norm: None,

@@ -70,6 +70,28 @@ extern "C" char* host_dropout_mask_cpu(const at::Tensor* keys, int64_t width, ui
   });
 }
 
+// The random bits are rng.rs's `absorb` of (key, place).
+extern "C" char* host_round_stochastic_cpu(const at::Tensor* from, const at::Tensor* into, int64_t key, int64_t first) {
+  return host::guard([&] {
+    const at::Tensor source = from->contiguous();
+    TORCH_CHECK(into->is_contiguous(), "round_stochastic: the result must be contiguous");
+    const auto* wide = reinterpret_cast<const uint32_t*>(source.data_ptr());
+    auto* narrow = reinterpret_cast<uint16_t*>(into->data_ptr());
+    at::parallel_for(0, source.numel(), 1 << 14, [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        uint64_t x = static_cast<uint64_t>(key) + (static_cast<uint64_t>(first + i) + 1) * 0x9e3779b97f4a7c15ULL;
+        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+        x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+        x ^= x >> 31;
+        const bool finite = (wide[i] & 0x7f800000u) != 0x7f800000u;
+        // Infinity stays, and a NaN that is all cut-off bits keeps one.
+        const uint32_t cut = finite ? wide[i] + static_cast<uint32_t>(x & 0xffff) : wide[i] | ((wide[i] & 0xffff) ? 0x10000u : 0u);
+        narrow[i] = static_cast<uint16_t>(cut >> 16);
+      }
+    });
+  });
+}
+
 extern "C" char* host_tensor_from_bytes(const void* bytes, int source, const int64_t* shape, size_t num_dims, int target,
                                         at::Tensor** out) {
   return host::guard([&] {

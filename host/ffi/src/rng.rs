@@ -6,7 +6,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::{FfiError, Result, new_tensor, scalar_type, sys};
+use crate::{FfiError, Result, check, new_tensor, scalar_type, sys};
 
 const GOLDEN: i64 = 0x9e37_79b9_7f4a_7c15_u64 as i64;
 const MIX_1: i64 = 0xbf58_476d_1ce4_e5b9_u64 as i64;
@@ -35,6 +35,35 @@ pub fn absorb_tensor(keys: &Tensor, values: &Tensor) -> Result<Tensor> {
 fn xor_shift(x: &Tensor, by: i64) -> Result<Tensor> {
     let shifted = x.f_bitwise_right_shift_tensor_scalar(by)?.f_bitwise_and((1_i64 << (64 - by)) - 1)?;
     Ok(x.f_bitwise_xor_tensor(&shifted)?)
+}
+
+/// Rounds fp32 numbers to bf16 ones, up or down by a chance that makes the mean right.
+///
+/// `from` is Float `[n]`, `into` BFloat16 `[n]` on the same device. The lower of the two nearest is taken unless the cut-off
+/// bits plus 16 random ones carry; the random bits of number `i` are those of `absorb(key, first + i)`, the same on every
+/// device and however the numbers are split. Fails for other shapes and types.
+pub fn round_stochastic(from: &Tensor, into: &Tensor, key: i64, first: i64) -> Result<()> {
+    let fits = from.kind() == Kind::Float && into.kind() == Kind::BFloat16 && from.size() == into.size();
+    if !fits || from.dim() != 1 || from.device() != into.device() {
+        return Err(FfiError::new(format!(
+            "cannot round {:?} {:?} to {:?} {:?}",
+            from.kind(),
+            from.size(),
+            into.kind(),
+            into.size()
+        )));
+    }
+    if from.device() == Device::Cpu {
+        // SAFETY: both tensors are live for the call, which writes to `into` alone.
+        return check(unsafe { sys::host_round_stochastic_cpu(from.as_ptr(), into.as_ptr(), key, first) });
+    }
+    let places = Tensor::f_arange_start(first, first + from.size()[0], (Kind::Int64, from.device()))?;
+    let noise = absorb_tensor(&Tensor::from(key).to_device(from.device()), &places)?.f_bitwise_and(0xffff_i64)?;
+    let bits = from.f_contiguous()?.f_view_dtype(Kind::Int)?.f_to_kind(Kind::Int64)?.f_add(&noise)?;
+    let cut = bits.f_bitwise_and(!0xffff_i64)?.f_to_kind(Kind::Int)?.f_view_dtype(Kind::Float)?;
+    let finite = from.f_isfinite()?;
+    into.shallow_clone().f_copy_(&cut.f_where_self(&finite, from)?)?;
+    Ok(())
 }
 
 /// Returns a `[T, width]` mask of dtype `kind`, on the device of the keys: `1 / keep_prob` where kept, else 0.

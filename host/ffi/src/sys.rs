@@ -111,6 +111,7 @@ unsafe extern "C" {
         dtype: c_int,
         out: Out,
     ) -> Message;
+    pub fn host_round_stochastic_cpu(from: In, into: In, key: i64, first: i64) -> Message;
     pub fn host_tensor_from_bytes(
         bytes: *const c_void,
         source: c_int,

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use crate::torch::TorchContext;
 
 /// Numbers of a piece: 64 MB in fp32.
-const PIECE: i64 = 1 << 24;
+pub const PIECE: i64 = 1 << 24;
 
 pub struct Flat {
     /// All parameters end to end.

@@ -418,6 +418,19 @@ pub struct OptimizerPlan {
     pub betas: (f64, f64),
     pub eps: f64,
     pub weight_decay: f64,
+    pub updates: Updates,
+}
+
+/// How an update reaches a weight of few bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Updates {
+    /// Rounded to the nearest: one below half the last bit is lost.
+    Nearest,
+    /// Summed up in fp32 copies.
+    Master,
+    /// Rounded up or down at random, so that the mean is right.
+    Stochastic,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

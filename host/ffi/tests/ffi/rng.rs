@@ -1,5 +1,5 @@
-use host_ffi::rng::{absorb, absorb_tensor, composite_mask, dropout_mask};
-use tch::{Kind, Tensor};
+use host_ffi::rng::{absorb, absorb_tensor, composite_mask, dropout_mask, round_stochastic};
+use tch::{Device, Kind, Tensor};
 
 fn keys(count: i64) -> Tensor {
     Tensor::from_slice(&(0..count).map(|i| absorb(1234, i)).collect::<Vec<_>>())
@@ -63,4 +63,39 @@ fn nonsense_is_refused() {
     assert!(dropout_mask(&rows, 4, 0.5, Kind::Int).is_err());
     assert!(dropout_mask(&rows.unsqueeze(0), 4, 0.5, Kind::Float).is_err());
     assert!(dropout_mask(&rows.to_kind(Kind::Float), 4, 0.5, Kind::Float).is_err());
+}
+
+/// Between its two neighbours, nearer ones more often, so that the mean is the number; the same however the numbers are split.
+#[test]
+fn random_rounding_is_right_on_average() {
+    const N: i64 = 100_000;
+    let round = |x: f64, key: i64| {
+        let into = Tensor::zeros([N], (Kind::BFloat16, Device::Cpu));
+        round_stochastic(&Tensor::full([N], x, (Kind::Float, Device::Cpu)), &into, key, 0).unwrap();
+        into.to_kind(Kind::Double)
+    };
+    // Neighbours in bf16 are 2^-8 apart here; the chance strays by 0.0016 of that, six times over.
+    let (low, apart) = (1.0, 2f64.powi(-7));
+    for part in [0.0, 0.1, 0.5, 0.93] {
+        for x in [low + part * apart, -(low + part * apart)] {
+            let rounded = round(x, 7);
+            let mean = rounded.mean(Kind::Double).double_value(&[]);
+            assert!((mean - x).abs() < 0.01 * apart, "{x}: {mean}");
+            let is_near = (rounded.abs() - low).remainder(apart).abs().lt(1e-12);
+            assert!(bool::try_from(is_near.all()).unwrap());
+        }
+    }
+    assert!(!round(1.003, 7).equal(&round(1.003, 8)));
+
+    let from = Tensor::arange(1000, (Kind::Float, Device::Cpu)).sin();
+    let whole = Tensor::zeros([1000], (Kind::BFloat16, Device::Cpu));
+    round_stochastic(&from, &whole, 3, 50).unwrap();
+    let part = Tensor::zeros([400], (Kind::BFloat16, Device::Cpu));
+    round_stochastic(&from.narrow(0, 300, 400), &part, 3, 350).unwrap();
+    assert!(whole.narrow(0, 300, 400).equal(&part));
+    for odd in [f64::INFINITY, f64::NEG_INFINITY, f64::NAN] {
+        let rounded = round(odd, 1).double_value(&[0]);
+        assert!(rounded == odd || rounded.is_nan() && odd.is_nan());
+    }
+    assert!(round_stochastic(&from, &part, 0, 0).is_err());
 }

@@ -121,6 +121,8 @@ pub struct ResumeState {
     /// Undefined where each rank's file has its piece.
     pub exp_avg: Tensor,
     pub exp_avg_sq: Tensor,
+    /// The parameters in fp32, where an optimizer keeps them so.
+    pub master: Option<Tensor>,
 }
 
 /// Which part of a state a rank goes on from: of a model that ranks share its piece, else everything.
@@ -138,6 +140,7 @@ impl ResumeState {
         }
         let tensors = [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)];
         let tensors = self.adapter.iter().map(|adapter| ("parameters", adapter)).chain(tensors);
+        let tensors = tensors.chain(self.master.iter().map(|master| ("master", master)));
         let tensors = tensors.map(|(name, tensor)| (name.to_owned(), tensor.shallow_clone())).collect();
         files::write_tensors(&dir.join(TENSORS), tensors)?;
         files::write_json(&dir.join(STATE), &self.position)
@@ -157,12 +160,13 @@ impl ResumeState {
                 .hint("it is damaged or of another version of `host`; name another checkpoint with `resume_from`")
         })?;
         let now = Shards::new(wanted.config, wanted.ranks.unwrap_or(1));
-        let kind = |dtype| if dtype == Dtype::Bf16 { Kind::BFloat16 } else { Kind::Float };
         if position.shards > 0 {
             let stored = ShardFiles::open(dir, Shards::new(wanted.config, position.shards), position.saved_at)?;
-            let kind = kind(position.identity.dtype);
-            let piece = |field: &str| stored.piece(field, &now, wanted.rank, kind);
-            return Ok(Self { adapter: None, exp_avg: piece("exp_avg")?, exp_avg_sq: piece("exp_avg_sq")?, position });
+            let optional =
+                |field: &str| stored.kind(field).map(|kind| stored.piece(field, &now, wanted.rank, kind)).transpose();
+            let piece = |field: &str| Ok(optional(field)?.expect("each file was looked at"));
+            let (exp_avg, exp_avg_sq): (_, Result<_>) = (piece("exp_avg")?, piece("exp_avg_sq"));
+            return Ok(Self { adapter: None, exp_avg, exp_avg_sq: exp_avg_sq?, master: optional("master")?, position });
         }
         let weights = Weights::open(WeightIndex::open(dir, &[TENSORS.to_owned()])?)?;
         let shape = [position.identity.num_parameters];
@@ -185,6 +189,7 @@ impl ResumeState {
             adapter: position.identity.lora.as_ref().map(|_| load("parameters")).transpose()?,
             exp_avg: load("exp_avg")?,
             exp_avg_sq: load("exp_avg_sq")?,
+            master: weights.index.tensors.contains_key("master").then(|| load("master")).transpose()?,
             position,
         })
     }

@@ -15,6 +15,8 @@ pub struct Pieces<'a> {
     pub parameters: &'a Tensor,
     pub exp_avg: &'a Tensor,
     pub exp_avg_sq: &'a Tensor,
+    /// The parameters in fp32, where an optimizer keeps them so.
+    pub master: Option<&'a Tensor>,
 }
 
 fn file(rank: i64, ranks: i64) -> String {
@@ -30,8 +32,9 @@ fn name(field: &str, rank: i64, saved_at: u128) -> String {
 pub fn write(dir: &Path, (rank, ranks): (usize, usize), saved_at: u128, pieces: &Pieces) -> Result<()> {
     let (rank, ranks) = (rank as i64, ranks as i64);
     let fields = [("parameters", pieces.parameters), ("exp_avg", pieces.exp_avg), ("exp_avg_sq", pieces.exp_avg_sq)];
-    let tensors = fields.map(|(field, tensor)| (name(field, rank, saved_at), tensor.detach()));
-    files::write_tensors(&dir.join(file(rank, ranks)), tensors.into())
+    let fields = fields.into_iter().chain(pieces.master.map(|master| ("master", master)));
+    let tensors = fields.map(|(field, tensor)| (name(field, rank, saved_at), tensor.detach())).collect();
+    files::write_tensors(&dir.join(file(rank, ranks)), tensors)
 }
 
 /// The files of all ranks, mapped.
@@ -60,6 +63,12 @@ impl ShardFiles {
             }
         }
         Ok(Self { weights, stored, saved_at })
+    }
+
+    /// The type of `field`, where there is such a one.
+    pub fn kind(&self, field: &str) -> Option<Kind> {
+        let entry = self.weights.index.tensors.get(&name(field, 0, self.saved_at))?;
+        Some(if entry.dtype == safetensors::Dtype::BF16 { Kind::BFloat16 } else { Kind::Float })
     }
 
     /// The piece that `rank` keeps of `field`, as `wanted` says, whoever had it before.

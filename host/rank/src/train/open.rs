@@ -179,7 +179,7 @@ impl Run {
         let others = open_others(&plan, &opened.model.config, kind, device, spread.as_ref())?;
         // Padding is never looked at; a padding token that was added past the embedding must not be looked up either.
         let pad = if tokens.pad < opened.model.config.vocab_size { tokens.pad } else { 0 };
-        let mut optimizer = AdamW::new(&plan.optimizer, &trained.flat().numbers);
+        let mut optimizer = AdamW::new(&plan.optimizer, &trained.flat().numbers, plan.seed);
         let data = tokens.training;
         let identity = identity(&plan, &opened.weights, &trained, &data);
         let resume_dir = if plan.checkpoint.resume { Some(find_resume(&plan)?) } else { None };
@@ -187,6 +187,7 @@ impl Run {
             Some(dir) => restore(dir, &plan, &identity, &opened.model.config, &trained, &mut optimizer, &group)?,
             None => beginning(&plan, identity, &group),
         };
+        optimizer.seed = position.seed;
         let curve = resume_dir.as_deref().map(Curve::read).unwrap_or_default();
         let steps_per_epoch = steps_per_epoch(&plan, &data, &position, group.world_size)?;
         let total_steps = plan.epochs * steps_per_epoch;
@@ -410,8 +411,14 @@ fn restore(
         }
     }
     let device = trained.flat().numbers.device();
-    optimizer.exp_avg = state.exp_avg.to_device(device);
-    optimizer.exp_avg_sq = state.exp_avg_sq.to_device(device);
+    let kind = optimizer.exp_avg.kind();
+    optimizer.exp_avg = state.exp_avg.to_device(device).to_kind(kind);
+    optimizer.exp_avg_sq = state.exp_avg_sq.to_device(device).to_kind(kind);
+    if optimizer.master.is_some() {
+        // A run that kept none goes on from the weights it had.
+        let master = state.master.unwrap_or_else(|| trained.flat().numbers.detach());
+        optimizer.master = Some(master.to_device(device).to_kind(Kind::Float));
+    }
     optimizer.updates = position.step;
     Ok(position)
 }

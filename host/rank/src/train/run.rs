@@ -97,6 +97,7 @@ impl Parts {
             parameters: &self.trained.flat().numbers,
             exp_avg: &self.optimizer.exp_avg,
             exp_avg_sq: &self.optimizer.exp_avg_sq,
+            master: self.optimizer.master.as_ref(),
         };
         let dir = folder::partial(&self.plan.checkpoint.output_dir, name);
         let written = shards::write(&dir, (group.rank, group.world_size), saved_at, &pieces);
@@ -581,7 +582,11 @@ impl Run {
             let _ = grad.g_mul_scalar_(factor);
         }
         let lr = parts.schedule.at(parts.position.step);
-        tch::no_grad(|| parts.optimizer.step(&flat.numbers, &grad, lr))?;
+        let places: Vec<_> = match parts.trained.sharding() {
+            Some(sharding) => sharding.shards.of_rank(parts.group.rank as i64).collect(),
+            None => vec![(0, 0..flat.size())],
+        };
+        tch::no_grad(|| parts.optimizer.step(flat, &places, lr))?;
         let _ = grad.zero_();
         Ok(())
     }
@@ -685,6 +690,7 @@ impl Run {
                 adapter: parts.trained.lora().map(|adapter| adapter.flat.numbers.detach()),
                 exp_avg: parts.optimizer.exp_avg.shallow_clone(),
                 exp_avg_sq: parts.optimizer.exp_avg_sq.shallow_clone(),
+                master: parts.optimizer.master.as_ref().map(Tensor::shallow_clone),
             };
             let saved = saver.save(name, &parts.weights, &parts.trained, &state, &parts.curve)?;
             if let Err(error) = parts.curve.draw(&parts.plan.output_dir.join("loss.svg")) {

@@ -272,6 +272,18 @@ const ADAMW: &[Key] = &[
     key("betas", Type::Any, "[0.9, 0.999]", "Decay of the two moments."),
     key("eps", NOT_NEGATIVE, "1e-8", "Keeps the division finite."),
     key("weight_decay", NOT_NEGATIVE, "0.01", "Decoupled weight decay."),
+    key(
+        "fp32_master_weights",
+        Type::Bool,
+        "False",
+        "Update fp32 copies of bf16 weights, with fp32 moments: nothing is lost, for 8 to 12 bytes a weight more.",
+    ),
+    key(
+        "bf16_stochastic_round",
+        Type::Bool,
+        "False",
+        "Round updates of bf16 weights up or down at random: small ones count on average, with fp32 moments.",
+    ),
     optional("fused", Type::Bool, "One kernel for all weights.").satisfied(KERNEL_CHOICE),
     optional("foreach", Type::Bool, "One call for many weights.").satisfied(KERNEL_CHOICE),
     key("capturable", Type::Bool, "False", "For CUDA graphs.").satisfied(KERNEL_CHOICE),

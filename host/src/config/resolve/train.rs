@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::super::plan::{
     CheckpointPlan, ClipPlan, DatasetPlan, DiskFormat, GuestRef, Layout, LossPlan, MetricSink, MetricsPlan, ModelPlan,
-    OptimizerPlan, RowsPlan, SchedulePlan, TrainPlan,
+    OptimizerPlan, RowsPlan, SchedulePlan, TrainPlan, Updates,
 };
 use super::super::registry::keys::{FOR_RECIPES, TRAIN};
 use super::super::section::{Found, Reader, Section};
@@ -276,6 +276,15 @@ fn optimizer(section: &Section<'_>) -> Found<OptimizerPlan> {
         betas,
         eps: section.get("eps")?,
         weight_decay: section.get("weight_decay")?,
+        updates: match (section.get("fp32_master_weights")?, section.get("bf16_stochastic_round")?) {
+            (false, false) => Updates::Nearest,
+            (true, false) => Updates::Master,
+            (false, true) => Updates::Stochastic,
+            (true, true) => {
+                let what = "`fp32_master_weights` and `bf16_stochastic_round` are two ways to keep small updates";
+                return Err(section.fail("bf16_stochastic_round", what, "take one of them"));
+            }
+        },
     })
 }
 
