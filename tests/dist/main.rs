@@ -3,6 +3,7 @@
 //! What one process can show is tested in it (`numbers`, `scripting`); here is what needs the processes: ranks that meet,
 //! die or are interrupted, what a run leaves on disk, and what a worker says of bad input.
 
+mod apart;
 mod case;
 mod check;
 mod configs;

@@ -3,8 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use host::config::plan::{Dtype, Layout, ModelPlan, Parallel, TrainPlan, Updates};
-use host_rank::train::{Opened, Start};
+use host::config::plan::{Dtype, Layout, ModelPlan, Parallel, SchedulePlan, TrainPlan, Updates};
+use host_rank::train::{Opened, Place, Start};
+use insta::assert_snapshot;
 use tch::{Kind, Reduction, Tensor};
 
 use crate::support::{self, Finished};
@@ -403,4 +404,36 @@ fn old_checkpoints_are_pruned() {
     assert_eq!(folders(), ["step_2", "step_3"]);
     keep_two(true, 4);
     assert_eq!(folders(), ["step_3", "step_4"]);
+}
+
+/// Whatever made it so: a step of ranks that would not do the same is taken on none of them.
+#[test]
+fn ranks_of_another_learning_rate_take_no_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = support::free_port();
+    let errors = std::thread::scope(|scope| {
+        let ranks = [3e-4, 2e-4].map(|lr| (support::golden_plan(dir.path()), lr)).into_iter().enumerate();
+        let ranks: Vec<_> = ranks
+            .map(|(rank, (mut plan, lr))| {
+                (plan.optimizer.lr, plan.schedule) = (lr, SchedulePlan::Constant);
+                scope.spawn(move || {
+                    let mut run = support::open(plan, support::golden_rows(), rank, 2, port);
+                    let before = run.parameters().copy();
+                    assert!(run.next_step().unwrap());
+                    while run.next_batch().unwrap().is_some() {}
+                    let error = run.finish_step().unwrap_err();
+                    assert!(run.parameters().equal(&before));
+                    run.explain(error, &Place::default()).to_string()
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect::<Vec<_>>()
+    });
+    assert_eq!(errors[0], errors[1]);
+    assert_snapshot!(errors[0], @r#"
+    error: the recipe did not do the same on all ranks
+    cause: rank 0: end of step 1, at a learning rate of 0.0003
+    cause: rank 1: end of step 1, at a learning rate of 0.0002
+    hint: batches differ from rank to rank: decide by what is the same on all, such as a number read with `item("sum")`
+    "#);
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Once};
 use host::config::plan::{GuestLimits, GuestRef};
 use host::worker::StopFlag;
 use host_rank::script::{BatchInfo, Recipe, Training, on_big_stack};
-use host_rank::train::{Over, Which};
+use host_rank::train::{Over, Place, Which};
 use serde_json::{Value, json};
 use tch::{Kind, Reduction, Tensor};
 
@@ -155,6 +155,14 @@ impl Training for Linear {
     fn over_ranks(&mut self, values: &[f64], over: Over) -> host::Result<Vec<f64>> {
         let factor = if over == Over::Sum { 3.0 } else { 1.0 };
         Ok(values.iter().map(|value| value * factor).collect())
+    }
+
+    fn leave(&mut self) -> host::Result<()> {
+        Ok(())
+    }
+
+    fn explain(&mut self, error: host::Error, _place: &Place) -> host::Error {
+        error
     }
 
     fn backward(&mut self, sum: &Tensor, weight: f64) -> host::Result<()> {

@@ -114,19 +114,24 @@ impl Group {
         Vec::try_from(content).torch("read what rank 0 sent")
     }
 
+    /// The numbers that each rank gives, by rank; every rank has to give as many.
+    pub fn gather(&self, mine: &[i64]) -> Result<Vec<Vec<i64>>> {
+        let all = self.inner.all_gather(&Tensor::from_slice(mine));
+        let all = all.map_err(|error| lost_peer("an all-gather failed", error))?;
+        Vec::<Vec<i64>>::try_from(all).torch("read what the ranks gave")
+    }
+
     /// The ranks that answer `true`; every rank has to ask.
     pub fn which(&self, answer: bool) -> Result<Vec<usize>> {
-        let answers = self.inner.all_gather(&Tensor::from_slice(&[i64::from(answer)]));
-        let answers = answers.map_err(|error| lost_peer("an all-gather failed", error))?;
-        Ok((0..self.world_size).filter(|rank| answers.int64_value(&[*rank as i64, 0]) != 0).collect())
+        let answers = self.gather(&[i64::from(answer)])?;
+        Ok((0..self.world_size).filter(|rank| answers[*rank][0] != 0).collect())
     }
 
     /// The texts that each rank gives, by rank; every rank has to ask.
     pub fn texts(&self, mine: &str) -> Result<Vec<String>> {
         let gather =
             |tensor: &Tensor| self.inner.all_gather(tensor).map_err(|error| lost_peer("an all-gather failed", error));
-        let lengths = Vec::<Vec<i64>>::try_from(gather(&Tensor::from_slice(&[mine.len() as i64]))?);
-        let lengths: Vec<usize> = lengths.torch("read the lengths")?.into_iter().map(|row| row[0] as usize).collect();
+        let lengths: Vec<usize> = self.gather(&[mine.len() as i64])?.iter().map(|row| row[0] as usize).collect();
         let mut bytes = mine.as_bytes().to_vec();
         bytes.resize(lengths.iter().copied().max().unwrap_or(0), 0);
         if bytes.is_empty() {

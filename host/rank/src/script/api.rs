@@ -23,7 +23,7 @@ use super::settings::value_of;
 use super::tensors::TensorSlot;
 use super::training::{BatchInfo, Training};
 use crate::metrics;
-use crate::train::{Over, Which};
+use crate::train::{Over, Place, Which};
 
 /// The traits and types that WIT defines, as Rust.
 pub mod wit {
@@ -191,9 +191,22 @@ impl HostState {
         Some(if self.turns == 0 { "before the first step".into() } else { format!("at step {step}") })
     }
 
+    /// A failure of the run, which met the guest at `place`.
+    pub fn run_failure(&mut self, error: host::Error, place: Place) -> host::Error {
+        match &mut self.training {
+            Some(training) => training.explain(error, &place),
+            None => error,
+        }
+    }
+
     /// What a recipe that returned without an error may still have left undone.
     pub fn check_end(&mut self, blame: &Blame) -> host::Result<()> {
         self.clock.log_share();
+        if self.failure.is_none()
+            && let Some(training) = &mut self.training
+        {
+            training.leave().map_err(|error| training.explain(error, &Place::default()))?;
+        }
         match self.failure.take() {
             Some(Failure::Run(error)) => Err(error),
             Some(Failure::Guest(mistake)) => Err(blame.mistake(mistake)),

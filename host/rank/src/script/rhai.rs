@@ -32,6 +32,7 @@ use super::guest::Blame;
 use super::limits::{PEAKS, Peaks};
 use super::rhai_generated;
 use super::training::Training;
+use crate::train::Place;
 
 /// The clock is read once in so many operations.
 const CHECK_EVERY: u64 = 64;
@@ -513,12 +514,17 @@ fn is_defined(text: &str, name: &str) -> bool {
 
 /// A failed script as an error: the host's own failure unchanged, else where in the script it was and why.
 pub fn explain(blame: &Blame, state: &mut HostState, error: &EvalAltResult) -> Error {
-    let failure = state.take_failure();
-    if let Some(Failure::Run(error)) = failure {
-        return error;
-    }
     let (innermost, calls) = unwrap_calls(error);
     let position = innermost.position();
+    let failure = state.take_failure();
+    if let Some(Failure::Run(error)) = failure {
+        let at = position.line().map(|line| host::error::Location {
+            file: blame.path.clone(),
+            line: Some(line),
+            column: position.position(),
+        });
+        return state.run_failure(error, Place { location: at, function: None });
+    }
     let mut report = match failure {
         Some(Failure::Guest(mistake)) => blame.mistake(mistake),
         _ => blame.mistake(thrown(innermost)),

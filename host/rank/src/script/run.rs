@@ -1,11 +1,11 @@
 //! The real run behind the recipe's calls.
 
-use host::Result;
+use host::{Error, Result};
 use tch::Tensor;
 
 use super::training::{BatchInfo, Training};
 use crate::train::batch::DeviceBatch;
-use crate::train::{Over, Run, Which};
+use crate::train::{Over, Place, Run, Which};
 
 impl Training for Run {
     fn next_step(&mut self) -> Result<bool> {
@@ -73,6 +73,14 @@ impl Training for Run {
 
     fn finish_step(&mut self) -> Result<()> {
         Run::finish_step(self)
+    }
+
+    fn leave(&mut self) -> Result<()> {
+        Run::leave(self)
+    }
+
+    fn explain(&mut self, error: Error, place: &Place) -> Error {
+        Run::explain(self, error, place)
     }
 
     fn config(&self, key: &str) -> Option<serde_json::Value> {

@@ -3,7 +3,7 @@
 //! The scripts know nothing else of training. A micro-batch is named by its key, so nothing is borrowed across a call. An
 //! `Err` from here is the run's own failure (a dead rank, a full disk, a stop): it ends the guest and is reported unchanged.
 
-use crate::train::{Over, Which};
+use crate::train::{Over, Place, Which};
 
 /// The micro-batch a guest is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +50,10 @@ pub trait Training {
     fn backward(&mut self, sum: &tch::Tensor, weight: f64) -> host::Result<()>;
     /// Reduces, clips, updates, logs, saves.
     fn finish_step(&mut self) -> host::Result<()>;
+    /// The recipe has returned.
+    fn leave(&mut self) -> host::Result<()>;
+    /// What a failure of the run says, which met the guest at `place`.
+    fn explain(&mut self, error: host::Error, place: &Place) -> host::Error;
     /// A key of the config by dotted path.
     fn config(&self, key: &str) -> Option<serde_json::Value>;
     /// The step a message about a failure names.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use host::config::limits::{COMPONENT_STACK, GuestLimits};
+use host::error::Location;
 use host::worker::StopFlag;
 use host::{Error, Result};
 use wasmparser::WasmFeatures;
@@ -30,6 +31,7 @@ use super::isolate;
 use super::limits::{PEAKS, Peaks};
 use super::log::{SharedLog, clean_line};
 use super::training::Training;
+use crate::train::Place;
 
 const EPOCH: Duration = Duration::from_millis(10);
 /// What a component may be made of, and nothing else of what the engine knows: no threads, garbage collection, exceptions,
@@ -369,7 +371,12 @@ pub fn ended<T>(
 /// A trap as an error: the first cause, then where it was.
 pub fn explain(blame: &Blame, guest: &mut GuestData, trap: &wasmtime::Error) -> Error {
     let mut error = match guest.host.take_failure() {
-        Some(Failure::Run(error)) => return error,
+        Some(Failure::Run(error)) => {
+            let frame = frames(trap).into_iter().next();
+            let location = frame.as_ref().and_then(|(_, place)| place.clone());
+            let location = location.map(|(file, line)| Location { file: file.into(), line, column: None });
+            return guest.host.run_failure(error, Place { location, function: frame.map(|(name, _)| name) });
+        }
         Some(Failure::Guest(mistake)) => blame.mistake(mistake),
         None => blame.error(),
     };
@@ -436,10 +443,9 @@ fn is_misshapen(cause: &str) -> bool {
 /// A function of the guest, and where its source says it is: file and line.
 type Frame = (String, Option<(String, Option<usize>)>);
 
-/// Adds where in the guest it was: the innermost of its own frames as the location, its callers as causes.
-fn add_frames(mut error: Error, trap: &wasmtime::Error) -> Error {
-    const MAX_FRAMES: usize = 8;
-    let Some(backtrace) = trap.downcast_ref::<WasmBacktrace>() else { return error };
+/// The guest's own frames, the innermost first.
+fn frames(trap: &wasmtime::Error) -> Vec<Frame> {
+    let Some(backtrace) = trap.downcast_ref::<WasmBacktrace>() else { return vec![] };
     let mut frames: Vec<Frame> = vec![];
     for frame in backtrace.frames() {
         if frame.symbols().is_empty() {
@@ -453,6 +459,13 @@ fn add_frames(mut error: Error, trap: &wasmtime::Error) -> Error {
     }
     frames.retain(|(name, place)| !is_runtime_frame(name, place.as_ref().map(|(file, _)| file.as_str())));
     frames.dedup();
+    frames
+}
+
+/// Adds where in the guest it was: the innermost of its own frames as the location, its callers as causes.
+fn add_frames(mut error: Error, trap: &wasmtime::Error) -> Error {
+    const MAX_FRAMES: usize = 8;
+    let frames = frames(trap);
     if let Some((file, line)) = frames.iter().find_map(|(_, place)| place.clone()) {
         error = error.at(file, line, None);
     }

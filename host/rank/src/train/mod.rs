@@ -4,10 +4,12 @@
 mod agree;
 pub mod batch;
 pub mod evaluate;
+mod lockstep;
 pub mod open;
 pub mod run;
 pub mod step;
 
 pub use batch::Which;
+pub use lockstep::Place;
 pub use open::{Inputs, Opened, Start, Tokens};
 pub use run::{Loss, Over, Run};

@@ -22,6 +22,7 @@ use crate::shard::{Sharding, Shards};
 use crate::torch::TorchContext;
 use crate::train::batch::{DeviceBatch, DropoutSeed, Which};
 use crate::train::evaluate::Validation;
+use crate::train::lockstep::{self, Apart, Arrival, Call, Met, Place, Waiting};
 use crate::train::step::{Hidden, Metrics, StepState, Sums, Totals};
 use crate::trained::Trained;
 
@@ -69,6 +70,20 @@ pub enum Over {
     Sum,
     Mean,
     Max,
+}
+
+impl Over {
+    pub const ALL: [Self; 4] = [Self::Local, Self::Sum, Self::Mean, Self::Max];
+
+    /// As a recipe says it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Sum => "sum",
+            Self::Mean => "mean",
+            Self::Max => "max",
+        }
+    }
 }
 
 /// A loss of somebody's own.
@@ -140,6 +155,9 @@ pub struct Run {
     progress: Option<Progress>,
     /// Set, to the steps done, when the ranks agreed to stop before the last one.
     interruption: Rc<Cell<Option<usize>>>,
+    waiting: Waiting,
+    /// Set when the recipe went another way on another rank.
+    apart: Option<Apart>,
 }
 
 impl Run {
@@ -153,6 +171,8 @@ impl Run {
             asked: RefCell::default(),
             progress: None,
             interruption: Rc::default(),
+            waiting: Waiting::default(),
+            apart: None,
         };
         if run.parts.position.step == 0 {
             run.validate()?;
@@ -418,22 +438,15 @@ impl Run {
     }
 
     /// `values` over all ranks, each of which has to ask.
-    pub fn over_ranks(&self, values: &[f64], over: Over) -> Result<Vec<f64>> {
-        let group = &self.parts.group;
+    pub fn over_ranks(&mut self, values: &[f64], over: Over) -> Result<Vec<f64>> {
+        self.meet(Call::Read { over, numbers: values.len() })?;
         // Gathered, so that every rank adds in the same order.
-        let mine = values.iter().map(|value| format!("{value:e}")).collect::<Vec<_>>().join(" ");
-        let all = group.texts(&mine)?;
-        let mut ranks = vec![];
-        for text in &all {
-            let values: Vec<f64> = text.split(' ').filter_map(|value| value.parse().ok()).collect();
-            ranks.push(values);
+        if values.is_empty() {
+            return Ok(vec![]);
         }
-        if ranks.iter().any(|rank| rank.len() != values.len()) {
-            let lengths = ranks.iter().map(|rank| rank.len().to_string()).collect::<Vec<_>>().join(", ");
-            return Err(Error::run(format!("numbers are read over all ranks, which have {lengths} of them"))
-                .hint("read a tensor of the same shape on every rank"));
-        }
-        let of = |index: usize| ranks.iter().map(move |rank| rank[index]);
+        let bits: Vec<i64> = values.iter().map(|value| value.to_bits() as i64).collect();
+        let ranks = self.parts.group.gather(&bits)?;
+        let of = |index: usize| ranks.iter().map(move |rank| f64::from_bits(rank[index] as u64));
         Ok((0..values.len())
             .map(|index| match over {
                 Over::Local => values[index],
@@ -442,6 +455,33 @@ impl Run {
                 Over::Max => largest(of(index)),
             })
             .collect())
+    }
+
+    /// Tells the other ranks what the recipe wants next; fails where it wants something else of them.
+    fn meet(&mut self, call: Call) -> Result<Vec<Arrival>> {
+        let step = self.parts.position.step;
+        let seconds = self.step.as_ref().map_or(0.0, |step| step.started.elapsed().as_secs_f64());
+        let m = lockstep::meet(
+            &self.parts.group,
+            Arrival { call, step, in_step: self.step.is_some(), seconds, has_failed: false },
+        )?;
+        match m {
+            Met::Together(ranks) => Ok(ranks),
+            Met::Apart(apart) => {
+                self.apart = Some(apart);
+                Err(Error::run("the recipe did not do the same on all ranks"))
+            }
+        }
+    }
+
+    /// Tells the other ranks that the recipe has returned.
+    pub fn leave(&mut self) -> Result<()> {
+        self.meet(Call::Leave).map(drop)
+    }
+
+    /// What a failure of the run is to say: of ranks that went apart, where each of them is.
+    pub fn explain(&mut self, error: Error, place: &Place) -> Error {
+        self.apart.take().map_or(error, |apart| apart.error(&self.parts.group, place))
     }
 
     /// Adds the gradient of `sum` to the step and `weight` to its divisor.
@@ -459,16 +499,17 @@ impl Run {
 
     /// Ends the step: reduce, scale, clip, update, schedule; then metrics, validation, checkpoint as the plan says.
     pub fn finish_step(&mut self) -> Result<()> {
+        self.check_asked()?;
+        let waiting = self.step.as_ref().ok_or_else(no_step)?.waiting.len();
+        if waiting > 0 {
+            return Err(Error::run(format!("the step was finished with {waiting} of its batches not taken"))
+                .hint("take every batch: `for batch in step.batches()`"));
+        }
+        let rate = self.parts.schedule.at(self.parts.position.step);
+        let ranks = self.meet(Call::FinishStep { rate })?;
+        self.waiting.add(ranks.iter().map(|rank| rank.seconds));
         self.end_batches()?;
         let step = self.step.take().ok_or_else(no_step)?;
-        self.check_asked()?;
-        if !step.waiting.is_empty() {
-            return Err(Error::run(format!(
-                "the step was finished with {} of its batches not taken",
-                step.waiting.len()
-            ))
-            .hint("take every batch: `for batch in step.batches()`"));
-        }
         let new_metrics = step.metrics.new_names(&self.metric_names).len() as f64;
         let totals = self.reduce(&step.sums, new_metrics)?;
         let loss = totals.mean_loss();
@@ -650,12 +691,14 @@ impl Run {
         }
         if stop && !self.is_complete() {
             self.interruption.set(Some(step));
-            self.end_progress();
+            self.end();
             return Ok(());
         }
         if epoch_ends {
             self.end_progress();
-            if !self.is_complete() {
+            if self.is_complete() {
+                self.end();
+            } else {
                 self.epoch_order = self.parts.epoch_order();
                 self.begin_progress();
             }
@@ -708,6 +751,14 @@ impl Run {
     fn begin_progress(&mut self) {
         if self.parts.group.is_main() && !self.is_complete() {
             self.progress = Some(Progress::epoch(self.parts.steps_per_epoch, self.parts.position.step_in_epoch));
+        }
+    }
+
+    /// The last thing that a run does.
+    fn end(&mut self) {
+        self.end_progress();
+        if self.parts.group.is_main() && self.parts.group.world_size > 1 {
+            tracing::info!("{}", self.waiting);
         }
     }
 
