@@ -6,6 +6,7 @@
 mod apart;
 mod case;
 mod check;
+mod checkpoints;
 mod configs;
 mod ends;
 mod faults;

@@ -9,6 +9,12 @@ use crate::torch::TorchContext;
 /// Numbers of a piece: 64 MB in fp32.
 pub const PIECE: i64 = 1 << 24;
 
+/// A copy in host memory that nothing done to `tensor` changes.
+pub fn to_host(tensor: &Tensor) -> Tensor {
+    let host = tensor.detach().to_device(Device::Cpu);
+    if tensor.device() == Device::Cpu { host.copy() } else { host }
+}
+
 pub struct Flat {
     /// All parameters end to end.
     pub numbers: Tensor,
@@ -26,12 +32,23 @@ impl Flat {
 
     /// The next parameter: a leaf over numbers that no other has.
     pub fn leaf(&mut self, shape: &[i64]) -> Result<Tensor> {
-        let size: i64 = shape.iter().product();
-        let view = |flat: &Tensor| flat.narrow(0, self.taken, size).view(shape);
-        let (leaf, grad) = (view(&self.numbers).set_requires_grad(true), view(&self.grad));
+        let grad = self.grad.narrow(0, self.taken, shape.iter().product()).view(shape);
+        let leaf = self.next(shape).set_requires_grad(true);
         host_ffi::grad::set_grad(&leaf, &grad).torch("lay out the gradients")?;
-        self.taken += size;
         Ok(leaf)
+    }
+
+    /// The next parameter's numbers.
+    pub fn next(&mut self, shape: &[i64]) -> Tensor {
+        let size: i64 = shape.iter().product();
+        self.taken += size;
+        self.numbers.narrow(0, self.taken - size, size).view(shape)
+    }
+
+    /// The numbers as they are now, in memory of their own; without gradients, and with no parameter laid out.
+    pub fn snapshot(&self) -> Self {
+        let numbers = to_host(&self.numbers);
+        Self { grad: numbers.narrow(0, 0, 0), numbers, taken: 0 }
     }
 
     pub fn size(&self) -> i64 {

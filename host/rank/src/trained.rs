@@ -46,6 +46,14 @@ impl Trained {
         self.sharding().map_or_else(|| self.flat().size(), |sharding| sharding.shards.total())
     }
 
+    /// All of it as it is now, in memory of its own: what a checkpoint is written from while training goes on.
+    pub fn snapshot(&self) -> Snapshot {
+        match self {
+            Self::Lora(adapter) => Snapshot::Lora(adapter.snapshot()),
+            Self::Whole(model) => model.snapshot(),
+        }
+    }
+
     /// Every parameter by name, in the order of the vector.
     pub fn parameters(&self) -> Vec<(String, &Tensor)> {
         match self {
@@ -58,12 +66,37 @@ impl Trained {
             Self::Whole(model) => model.names.iter().map(|name| (name.clone(), &model.tensors[name])).collect(),
         }
     }
+}
+
+/// What is trained, in memory of its own: what a checkpoint is written from while training goes on.
+pub enum Snapshot {
+    Lora(LoraAdapter),
+    Whole { tensors: BTreeMap<String, Tensor>, is_tied: bool },
+    /// Of a model that ranks share each has written its piece to the checkpoint's folder.
+    Shared { shards: Shards, is_tied: bool },
+}
+
+impl Snapshot {
+    pub fn lora(&self) -> Option<&LoraAdapter> {
+        match self {
+            Self::Lora(adapter) => Some(adapter),
+            _ => None,
+        }
+    }
+
+    /// How ranks share the weights, where they do.
+    pub fn shards(&self) -> Option<&Shards> {
+        match self {
+            Self::Shared { shards, .. } => Some(shards),
+            _ => None,
+        }
+    }
 
     /// The tensor of the model that the checkpoint's `name` is: a tied head is the embedding.
     pub fn name_of<'a>(&self, name: &'a str) -> &'a str {
         match self {
             Self::Lora(_) => name,
-            Self::Whole(model) => model.name_of(name),
+            Self::Whole { is_tied, .. } | Self::Shared { is_tied, .. } => name_of(name, *is_tied),
         }
     }
 
@@ -74,9 +107,16 @@ impl Trained {
                 let weight = before();
                 adapter.merge(name.strip_suffix(".weight").unwrap_or(name), &weight).unwrap_or(weight)
             }
-            Self::Whole(model) => model.tensor(name).map_or_else(before, Tensor::detach),
+            Self::Whole { tensors, .. } => {
+                tensors.get(self.name_of(name)).map_or_else(before, Tensor::shallow_clone)
+            }
+            Self::Shared { .. } => before(),
         }
     }
+}
+
+fn name_of(name: &str, is_tied: bool) -> &str {
+    if is_tied && name == "lm_head.weight" { "model.embed_tokens.weight" } else { name }
 }
 
 /// Every weight of a model, in the type that it computes in.
@@ -135,11 +175,17 @@ impl WholeModel {
         Ok(())
     }
 
-    fn name_of<'a>(&self, name: &'a str) -> &'a str {
-        if self.is_tied && name == "lm_head.weight" { "model.embed_tokens.weight" } else { name }
+    fn snapshot(&self) -> Snapshot {
+        let is_tied = self.is_tied;
+        if let Some(sharding) = &self.sharding {
+            return Snapshot::Shared { shards: sharding.shards.clone(), is_tied };
+        }
+        let mut flat = self.flat.snapshot();
+        let tensors = self.names.iter().map(|name| (name.clone(), flat.next(&self.tensors[name].size()))).collect();
+        Snapshot::Whole { tensors, is_tied }
     }
 
     pub fn tensor(&self, name: &str) -> Option<&Tensor> {
-        self.tensors.get(self.name_of(name))
+        self.tensors.get(name_of(name, self.is_tied))
     }
 }

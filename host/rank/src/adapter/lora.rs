@@ -62,6 +62,16 @@ impl LoraAdapter {
         Ok(adapter)
     }
 
+    /// The adapter as it is now, in memory of its own: what a checkpoint is written from while training goes on.
+    pub fn snapshot(&self) -> Self {
+        let mut flat = self.flat.snapshot();
+        let copy = |entry: &Entry| {
+            let (a, b) = (flat.next(&entry.a.size()), flat.next(&entry.b.size()));
+            Entry { spec: entry.spec.clone(), a, b }
+        };
+        Self { plan: self.plan.clone(), entries: self.entries.iter().map(copy).collect(), flat }
+    }
+
     fn initialise(&self, seed: u64) {
         tch::no_grad(|| {
             for (index, entry) in self.entries.iter().enumerate() {

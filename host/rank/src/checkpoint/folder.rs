@@ -15,7 +15,7 @@ use crate::checkpoint::shards::ShardFiles;
 use crate::checkpoint::{files, merged};
 use crate::metrics::Curve;
 use crate::model::Weights;
-use crate::trained::Trained;
+use crate::trained::Snapshot;
 
 /// Files of the base model at least this large are weights or the like, and not copied beside a checkpoint.
 const MAX_COPIED_BYTES: u64 = 100 * 1024 * 1024;
@@ -72,12 +72,12 @@ impl Saver {
         &mut self,
         name: &str,
         base: &Weights,
-        trained: &Trained,
+        trained: &Snapshot,
         state: &ResumeState,
         curve: &Curve,
     ) -> Result<PathBuf> {
         let target = self.plan.output_dir.join(name);
-        let partial = match trained.sharding() {
+        let partial = match trained.shards() {
             Some(_) => partial(&self.plan.output_dir, name),
             None => self.prepare(name)?,
         };
@@ -94,13 +94,11 @@ impl Saver {
         Ok(target)
     }
 
-    fn fill(&self, dir: &Path, base: &Weights, trained: &Trained, state: &ResumeState, curve: &Curve) -> Result<()> {
+    fn fill(&self, dir: &Path, base: &Weights, trained: &Snapshot, state: &ResumeState, curve: &Curve) -> Result<()> {
         self.copy_small_files(dir)?;
         if !self.plan.adapter_only {
-            let shared = trained
-                .sharding()
-                .map(|sharding| ShardFiles::open(dir, sharding.shards.clone(), state.position.saved_at));
-            let shared = shared.transpose()?;
+            let shared =
+                trained.shards().map(|shards| ShardFiles::open(dir, shards.clone(), state.position.saved_at)).transpose()?;
             // Everything that can fail about what was just written failed when it was written.
             let now = |name: &str, before: &dyn Fn() -> Tensor| match &shared {
                 Some(files) => {

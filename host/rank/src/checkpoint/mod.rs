@@ -6,6 +6,8 @@ pub mod folder;
 pub mod merged;
 pub mod resume;
 pub mod shards;
+mod writer;
 
 pub use folder::Saver;
 pub use resume::{Identity, Position, ResumeState};
+pub use writer::{Job, Writer, Written};

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use host::config::plan::{DatasetPlan, ModelPlan, RowsPlan, SchedulePlan, TrainPlan};
@@ -17,7 +18,7 @@ use tch::{Device, Kind};
 
 use crate::adapter::{LoraAdapter, peft};
 use crate::checkpoint::resume::{self, Identity, Position, ResumeState, Wanted};
-use crate::checkpoint::{Saver, folder};
+use crate::checkpoint::{Saver, Writer, folder};
 use crate::dist::{self, Group};
 use crate::metrics::{Curve, Recorder};
 use crate::model::builder::Builder;
@@ -241,20 +242,20 @@ impl Run {
             let filler = data::microbatches(&rows, &all[..1], &layout, 0, 1).pop();
             Validation { batches: of(group.rank), most, filler }
         });
-        let (recorder, saver) = if group.is_main() {
+        let (recorder, writer) = if group.is_main() {
             let saver = Saver::new(&plan.checkpoint, &plan.model, kind, record, &plan.resolved_yaml)?;
-            (Some(Recorder::open(&plan.metrics)?), Some(saver))
+            let picture = plan.output_dir.join("loss.svg");
+            (Some(Recorder::open(&plan.metrics)?), Some(Writer::new(saver, Arc::new(opened.weights), picture)))
         } else {
             (None, None)
         };
         Run::start(Parts {
-            saver,
+            writer,
             schedule: Schedule::new(&plan.schedule, plan.optimizer.lr, total_steps),
             plan,
             config,
             group,
             device,
-            weights: opened.weights,
             model: opened.model,
             others,
             trained,

@@ -13,10 +13,11 @@ use host::worker::StopFlag;
 use host::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::{Position, ResumeState, Saver, folder, shards};
+use crate::checkpoint::{Job, Position, ResumeState, Writer, Written, folder, shards};
 use crate::dist::{self, Group};
+use crate::flat::to_host;
 use crate::metrics::{self, Curve, Progress, Recorder, StepMetrics};
-use crate::model::{Llama, Weights};
+use crate::model::Llama;
 use crate::optim::{AdamW, Schedule};
 use crate::shard::{Sharding, Shards};
 use crate::torch::TorchContext;
@@ -33,7 +34,6 @@ pub struct Parts {
     pub config: serde_json::Value,
     pub group: Rc<Group>,
     pub device: Device,
-    pub weights: Weights,
     pub model: Llama,
     /// Frozen ones beside it.
     pub others: Others,
@@ -47,7 +47,7 @@ pub struct Parts {
     pub position: Position,
     pub steps_per_epoch: usize,
     /// On rank 0, as is the recorder.
-    pub saver: Option<Saver>,
+    pub writer: Option<Writer>,
     pub recorder: Option<Recorder>,
     pub curve: Curve,
     /// In place of cross-entropy.
@@ -102,12 +102,14 @@ impl Parts {
             .filter_map(|model| model.sharding.as_ref())
     }
 
-    /// Writes what this rank has of a model that ranks share; returns the time that rank 0 names the save by.
-    fn write_shard(&self, name: &str, saved_at: u128) -> Result<u128> {
+    /// Writes what this rank has of a model that ranks share, unless it has failed before; returns the time that rank 0 names
+    /// the save by.
+    fn write_shard(&self, name: &str, saved_at: u128, failure: Option<Error>) -> Result<u128> {
         let group = &self.group;
         let saved_at = group.from_main(&saved_at.to_le_bytes())?;
         let saved_at = saved_at.try_into().map(u128::from_le_bytes).map_err(|_| Error::bug("a time has 16 bytes"))?;
-        group.after_main("make the checkpoint's folder", self.saver.as_ref().map(|saver| saver.prepare(name)))?;
+        let prepare = |writer: &Writer| failure.map_or_else(|| writer.prepare(name), Err);
+        group.after_main("write the checkpoint", self.writer.as_ref().map(prepare))?;
         let pieces = shards::Pieces {
             parameters: &self.trained.flat().numbers,
             exp_avg: &self.optimizer.exp_avg,
@@ -156,6 +158,8 @@ pub struct Run {
     /// Set, to the steps done, when the ranks agreed to stop before the last one.
     interruption: Rc<Cell<Option<usize>>>,
     waiting: Waiting,
+    /// Why this rank cannot go on; the others hear of it at the next call.
+    failure: Option<Error>,
     /// Set when the recipe went another way on another rank.
     apart: Option<Apart>,
 }
@@ -172,6 +176,7 @@ impl Run {
             progress: None,
             interruption: Rc::default(),
             waiting: Waiting::default(),
+            failure: None,
             apart: None,
         };
         if run.parts.position.step == 0 {
@@ -459,13 +464,16 @@ impl Run {
 
     /// Tells the other ranks what the recipe wants next; fails where it wants something else of them.
     fn meet(&mut self, call: Call) -> Result<Vec<Arrival>> {
-        let step = self.parts.position.step;
+        let written = self.parts.writer.as_mut().and_then(Writer::poll);
+        self.hear(written);
+        let (step, has_failed) = (self.parts.position.step, self.failure.is_some());
         let seconds = self.step.as_ref().map_or(0.0, |step| step.started.elapsed().as_secs_f64());
-        let m = lockstep::meet(
-            &self.parts.group,
-            Arrival { call, step, in_step: self.step.is_some(), seconds, has_failed: false },
-        )?;
-        match m {
+        let mine = Arrival { call, step, in_step: self.step.is_some(), seconds, has_failed };
+        let met = lockstep::meet(&self.parts.group, mine);
+        if let Some(failure) = self.failure.take() {
+            return Err(failure);
+        }
+        match met? {
             Met::Together(ranks) => Ok(ranks),
             Met::Apart(apart) => {
                 self.apart = Some(apart);
@@ -690,14 +698,14 @@ impl Run {
             self.save(&format!("step_{step}"))?;
         }
         if stop && !self.is_complete() {
+            self.end()?;
             self.interruption.set(Some(step));
-            self.end();
             return Ok(());
         }
         if epoch_ends {
             self.end_progress();
             if self.is_complete() {
-                self.end();
+                self.end()?;
             } else {
                 self.epoch_order = self.parts.epoch_order();
                 self.begin_progress();
@@ -719,33 +727,43 @@ impl Run {
         Ok(())
     }
 
+    /// Begins to write a checkpoint, once the one before is written.
     fn save(&mut self, name: &str) -> Result<()> {
-        let parts = &mut self.parts;
         let started = Instant::now();
+        let before = self.parts.writer.as_mut().and_then(Writer::wait);
+        self.hear(before);
+        let parts = &mut self.parts;
         let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let (saved_at, shards) = match parts.trained.sharding() {
-            Some(_) => (parts.write_shard(name, saved_at)?, parts.group.world_size),
+            Some(_) => (parts.write_shard(name, saved_at, self.failure.take())?, parts.group.world_size),
             None => (saved_at, 0),
         };
-        let saved = parts.saver.as_mut().map(|saver| {
-            let state = ResumeState {
-                position: Position { saved_at, shards, ..parts.position.clone() },
-                adapter: parts.trained.lora().map(|adapter| adapter.flat.numbers.detach()),
-                exp_avg: parts.optimizer.exp_avg.shallow_clone(),
-                exp_avg_sq: parts.optimizer.exp_avg_sq.shallow_clone(),
-                master: parts.optimizer.master.as_ref().map(Tensor::shallow_clone),
-            };
-            let saved = saver.save(name, &parts.weights, &parts.trained, &state, &parts.curve)?;
-            if let Err(error) = parts.curve.draw(&parts.plan.output_dir.join("loss.svg")) {
-                tracing::warn!("the picture of the losses is not up to date\n{error}");
+        let Some(writer) = parts.writer.as_mut().filter(|_| self.failure.is_none()) else { return Ok(()) };
+        let trained = parts.trained.snapshot();
+        // Shared, it is on disk already.
+        let keep = |moment: &Tensor| if shards > 0 { moment.shallow_clone() } else { to_host(moment) };
+        let state = ResumeState {
+            position: Position { saved_at, shards, ..parts.position.clone() },
+            adapter: trained.lora().map(|adapter| adapter.flat.numbers.shallow_clone()),
+            exp_avg: keep(&parts.optimizer.exp_avg),
+            exp_avg_sq: keep(&parts.optimizer.exp_avg_sq),
+            master: parts.optimizer.master.as_ref().map(keep),
+        };
+        let (name, curve) = (name.to_owned(), parts.curve.clone());
+        writer.start(Job { name, trained, state, curve, held: started.elapsed() })
+    }
+
+    /// Takes note of what became of a checkpoint.
+    fn hear(&mut self, written: Option<Result<Written>>) {
+        match written {
+            None => {}
+            Some(Err(error)) => drop(self.failure.get_or_insert(error)),
+            Some(Ok(Written { folder, held, took })) => {
+                let (held, took) = (held.as_secs_f64(), took.as_secs_f64());
+                let line = format!("training was held for {held:.3} s; saved {} in {took:.2} s", folder.display());
+                metrics::say(self.progress.as_ref(), &line);
             }
-            Ok(saved)
-        });
-        if let Some(folder) = parts.group.after_main("write the checkpoint", saved)? {
-            let line = format!("saved {} in {:.2} s", folder.display(), started.elapsed().as_secs_f64());
-            metrics::say(self.progress.as_ref(), &line);
         }
-        Ok(())
     }
 
     fn begin_progress(&mut self) {
@@ -754,12 +772,18 @@ impl Run {
         }
     }
 
-    /// The last thing that a run does.
-    fn end(&mut self) {
+    /// The last thing that a run does: its checkpoint is whole, on all ranks or none.
+    fn end(&mut self) -> Result<()> {
+        let written = self.parts.writer.as_mut().and_then(Writer::wait);
+        self.hear(written);
         self.end_progress();
-        if self.parts.group.is_main() && self.parts.group.world_size > 1 {
+        let group = &self.parts.group;
+        let outcome = group.is_main().then(|| self.failure.take().map_or(Ok(()), Err));
+        group.after_main("write the checkpoint", outcome)?;
+        if group.is_main() && group.world_size > 1 {
             tracing::info!("{}", self.waiting);
         }
+        Ok(())
     }
 
     fn end_progress(&mut self) {

@@ -172,7 +172,7 @@ pub const TRAIN: &[Key] = &[
     key("low_cpu_ram", Type::Bool, "False", "Save with less memory.")
         .satisfied("weights are always streamed from a memory map"),
     key("enable_async_checkpointing", Type::Bool, "False", "Write checkpoints in the background.")
-        .satisfied("the checkpoints are the same"),
+        .satisfied("they always are, from a copy of what is trained"),
     key(
         "distributed_backend",
         Type::OneOf(&["auto", "nccl", "gloo"]),
