@@ -269,7 +269,7 @@ fn a_recipe_has_keys_at_the_top_of_a_config() {
     --- stderr
     error: unknown key `kl_share`
       --> command line
-    hint: keys of the config: output_dir, tokenizer, dataset, dataset_val, run_val_every_n_steps, seed, shuffle, batch_size, gradient_accumulation_steps, epochs, max_steps_per_epoch, model, checkpointer, resume_from_checkpoint, resume_from, save_adapter_weights_only, save_every_n_steps, optimizer, lr_scheduler, loss, ref_checkpointer, teacher_model, teacher_checkpointer, kd_loss, kd_ratio, clip_grad_norm, device, dtype, metric_logger, log_every_n_steps, log_peak_memory_stats, log_level, enable_activation_checkpointing, ac_mode, ac_option, fsdp_cpu_offload, fsdp_reshard_after_forward, data_parallel_shard_dim, data_parallel_replicate_dim, parallel, layout, tokens_per_microbatch, compat, recipe, limits, isolate, cache_dir, distributed_backend, profiler
+    hint: keys of the config: output_dir, tokenizer, dataset, dataset_val, run_val_every_n_steps, seed, shuffle, batch_size, gradient_accumulation_steps, epochs, max_steps_per_epoch, model, checkpointer, resume_from_checkpoint, resume_from, save_adapter_weights_only, save_every_n_steps, optimizer, lr_scheduler, loss, ref_checkpointer, teacher_model, teacher_checkpointer, kd_loss, kd_ratio, clip_grad_norm, device, dtype, metric_logger, log_every_n_steps, log_peak_memory_stats, log_level, enable_activation_checkpointing, ac_mode, ac_option, fsdp_cpu_offload, fsdp_reshard_after_forward, data_parallel_shard_dim, data_parallel_replicate_dim, parallel, layout, tokens_per_microbatch, compat, recipe, limits, isolate, cache_dir, distributed_backend, collective_timeout_seconds, profiler
     ");
     assert_snapshot!(case.validate(&["--recipe", "own.rhai", "kl_share=0.1"]), @"
     exit 0

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use insta::assert_snapshot;
 use rustix::process::{Signal, kill_process};
 
-use crate::case::{Case, Ended, LONG, Running, STEPS, WASM, lives};
+use crate::case::{Case, Ended, LONG, Running, STEPS, WASM, free_port, lives};
 
 const TWO_LONG: &[&str] = &["--nproc", "2"];
 const RANKS: [usize; 2] = [0, 1];
@@ -37,6 +37,47 @@ fn a_killed_rank_ends_the_run_and_is_named() {
         assert!(!workers.iter().any(|(_, pid)| lives(*pid)), "a worker is left");
         assert_eq!(case.checkpoints("out"), [""; 0]);
     }
+}
+
+/// Nobody tells that it stands still: the others wait for it as long as the config says, and name it.
+#[test]
+fn a_frozen_rank_ends_the_run_and_is_named() {
+    for rank in [0, 1, 2] {
+        let case = Case::new();
+        let settings = ["--nproc", "3", "epochs=20", "collective_timeout_seconds=4"];
+        let mut run = Running::start(&mut case.run(WASM, &[LONG, &settings].concat()));
+        run.wait_for_steps(&case, "out", 3);
+        let workers = run.workers();
+        kill_process(workers[rank].1, Signal::STOP).unwrap();
+        let ended = run.wait();
+        assert!(!workers.iter().any(|(_, pid)| lives(*pid)), "a worker is left");
+        assert_eq!(ended.code, 1, "{}", ended.stderr);
+        let report = ended.report();
+        assert!(report.contains(&format!("error: no word from rank {rank} for 4 s, in step ")), "{report}");
+        assert_eq!(report.matches("error: ").count(), 1, "{report}");
+        assert_eq!(case.checkpoints("out"), [""; 0]);
+    }
+}
+
+/// Nor where it never comes to the ranks' meeting.
+#[test]
+fn a_rank_that_never_comes_is_named() {
+    let case = Case::new();
+    let port = free_port();
+    let ended = Ended::of(&mut case.join(0, port, &["collective_timeout_seconds=1"]));
+    let report = ended.report().replace(&port.to_string(), "PORT");
+    let first: Vec<&str> = report.lines().take(2).collect();
+    assert_snapshot!(first.join("\n"), @"
+    exit 1
+    error: no word from rank 1 for 1 s, before the first step (rank 0)
+    ");
+    let ended = Ended::of(&mut case.join(1, port, &["collective_timeout_seconds=1"]));
+    let report = ended.report().replace(&port.to_string(), "PORT");
+    let first: Vec<&str> = report.lines().take(2).collect();
+    assert_snapshot!(first.join("\n"), @"
+    exit 1
+    error: stopped because rank 0 could not be reached (rank 1)
+    ");
 }
 
 /// By Ctrl-C and by a scheduler's SIGTERM: saved at a step, and gone on with as if nothing had happened.

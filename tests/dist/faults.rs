@@ -10,9 +10,9 @@ use crate::case::{Case, Ended, LONG, WASM};
 /// Steps 2, 4, 6, 8 and the end are saved, of which the newest two stay.
 const SAVING: &[&str] = &["save_every_n_steps=2", "checkpointer.keep_last_n_checkpoints=2"];
 
-/// Runs `script` in a shell that may mount what it alone sees; its `train` is `host run RECIPE --config train.yaml`.
+/// Runs `script` in a shell that may mount what it alone sees; its `train` is `host run` of the recipe with `train.yaml`.
 /// `None` where the machine allows nobody to mount.
-fn mounted(case: &Case, script: &str) -> Option<Ended> {
+pub fn mounted(case: &Case, recipe: &str, script: &str) -> Option<Ended> {
     let shell = |script: &str| {
         let mut command = Command::new("unshare");
         case.prepare(&mut command);
@@ -24,7 +24,7 @@ fn mounted(case: &Case, script: &str) -> Option<Ended> {
         println!("not tested: this machine allows nobody to mount");
         return None;
     }
-    let train = format!("train() {{ \"$HOST\" run {WASM} --config train.yaml \"$@\"; }}");
+    let train = format!("train() {{ \"$HOST\" run {recipe} --config train.yaml \"$@\"; }}");
     Some(Ended::of(&mut shell(&format!("{train}\n{script}"))))
 }
 
@@ -48,6 +48,7 @@ fn a_disk_that_fills() {
         let bytes = (disk * checkpoint as f64) as u64;
         let Some(ended) = mounted(
             &case,
+            WASM,
             &format!(
                 "mount -t tmpfs -o size={bytes} none out
                 code=0; train {saving} 2>&1 || code=$?
@@ -85,7 +86,7 @@ fn folders_that_cannot_be_written() {
     let case = Case::new();
     let read_only = |folders: &str, script: &str| {
         let mount = format!("for folder in {folders}; do mount --bind $folder $folder");
-        mounted(&case, &format!("mkdir -p cache; {mount}; mount -o remount,bind,ro $folder; done\n{script}"))
+        mounted(&case, WASM, &format!("mkdir -p cache; {mount}; mount -o remount,bind,ro $folder; done\n{script}"))
     };
     let Some(ended) = read_only("model data cache", "train; cp -a out kept") else { return };
     assert_eq!(ended.code, 0, "{}", ended.stderr);
@@ -111,7 +112,7 @@ fn a_disk_that_a_log_fills() {
         mount -o remount,size=1g out; train {long} 2>/dev/null; cp -a out kept",
         long = LONG.join(" ")
     );
-    let Some(ended) = mounted(&case, &script) else { return };
+    let Some(ended) = mounted(&case, WASM, &script) else { return };
     assert_eq!(ended.stdout, "ended, and left filler logs\n");
     assert_snapshot!(ended.report(), @"
     exit 0

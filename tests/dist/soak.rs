@@ -1,4 +1,4 @@
-//! What `ends` does once, done at random for as long as one likes: `cargo xtask soak --minutes 10 --seed 1`.
+//! What `ends` and `faults` do once, done at random for as long as one likes: `cargo xtask soak --minutes 10 --seed 1`.
 //!
 //! Every run is one of a few undisturbed ones, so each loss it logs is known beforehand, whatever was done to it.
 
@@ -10,6 +10,7 @@ use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 
 use crate::case::{Case, Ended, RHAI, Running, WASM, workers_of};
+use crate::faults;
 
 /// Two epochs of 80 steps on one rank, of 40 on two.
 const RUN: &[&str] = &[
@@ -19,11 +20,17 @@ const RUN: &[&str] = &[
     "epochs=2",
     "run_val_every_n_steps=25",
 ];
+/// How a run that was harmed goes on: by hand, or with `--max-restarts` by itself.
+const LAUNCH: &[&str] = &[];
+/// A rank that waits for a frozen one gives up after this.
+const TIMEOUT: &str = "collective_timeout_seconds=6";
 const RESUME: &str = "resume_from_checkpoint=True";
 /// Harm to one run before it is left alone.
 const MOST_HARM: usize = 4;
 /// Workers of a launcher that was killed follow it within this.
 const ORPHANS: Duration = Duration::from_secs(20);
+/// Steps in the log after which a rank of [`RUN`] on two is not frozen any more.
+const NEARLY_DONE: usize = 75;
 /// How much more memory the second half of a run may need than the first: nothing but noise.
 const GROWTH: f64 = 1.03;
 
@@ -37,6 +44,7 @@ fn soak() {
     let (mut dice, mut counts) = (Dice(seed), BTreeMap::new());
     let case = Case::new();
     let undisturbed = [1, 2].map(|ranks| Undisturbed::run(&case, ranks));
+    harm_many(setting("HOST_SOAK_FAULTS", 50.0) as usize, &case, &undisturbed[1], &mut dice, &mut counts);
     let started = Instant::now();
     while started.elapsed() < time {
         soak_one_run(&case, dice.pick(&undisturbed), ALL_HARM, &mut dice, &mut counts);
@@ -44,6 +52,27 @@ fn soak() {
     }
     println!("{:.1} minutes:", started.elapsed().as_secs_f64() / 60.0);
     counts.iter().for_each(|(what, count)| println!("  {what}: {count}"));
+}
+
+/// Killed, frozen, out of disk: whichever rank, at whatever moment.
+#[test]
+fn five_faults() {
+    let case = Case::new();
+    let undisturbed = Undisturbed::run(&case, 2);
+    let mut counts = BTreeMap::new();
+    harm_many(5, &case, &undisturbed, &mut Dice(5), &mut counts);
+    println!("{counts:?}");
+}
+
+fn harm_many(faults: usize, case: &Case, run: &Undisturbed, dice: &mut Dice, counts: &mut Counts) {
+    let done = |counts: &Counts| {
+        let kinds = ["ranks killed", "ranks frozen", "disks filled"];
+        kinds.map(|what| counts.get(what).unwrap_or(&0)).into_iter().sum::<usize>()
+    };
+    while done(counts) < faults {
+        soak_one_run(case, run, FAULTS, dice, counts);
+        std::fs::remove_dir_all(case.path("out")).unwrap();
+    }
 }
 
 /// The smallest soak: 20 kills of whichever process, at whatever moment; and the inputs stay as they are.
@@ -94,6 +123,7 @@ struct Undisturbed {
     losses: Vec<f64>,
     adapter: Vec<u8>,
     took: Duration,
+    checkpoint_kib: usize,
 }
 
 impl Undisturbed {
@@ -110,13 +140,16 @@ impl Undisturbed {
         let (half, end) = (peaks[peaks.len() / 2 + 5], peaks[peaks.len() - 1]);
         println!("{ranks} ranks: {took:.1?}, {half:.0} MB at the half, {end:.0} MB at the end");
         assert!(end < GROWTH * half, "memory grows: {peaks:?}");
-        Self { ranks, nproc, losses, adapter: adapter(case, &dir), took }
+        let checkpoint_kib = case.size(&format!("{dir}/epoch_1")) as usize / 1024;
+        Self { ranks, nproc, losses, adapter: adapter(case, &dir), took, checkpoint_kib }
     }
 }
 
 fn lines(case: &Case, dir: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(case.path(dir).join("logs/log.jsonl")).unwrap_or_default();
-    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
+    // A disk that fills cuts the last one.
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
 }
 
 fn adapter(case: &Case, dir: &str) -> Vec<u8> {
@@ -130,7 +163,7 @@ fn soak_one_run(case: &Case, expected: &Undisturbed, harms: &[How], dice: &mut D
     let choices: [&[&str]; 2] = [&[], &["checkpointer.keep_last_n_checkpoints=1"]];
     let keep = *dice.pick(&choices);
     let adapter_only = *dice.pick(&["save_adapter_weights_only=True", "save_adapter_weights_only=False"]);
-    let settings = [RUN, &[&expected.nproc, &every, adapter_only], keep].concat();
+    let settings = [RUN, LAUNCH, &[&expected.nproc, &every, adapter_only], keep].concat();
     println!("{recipe} {}", settings[RUN.len()..].join(" "));
     count(counts, "runs", 1);
 
@@ -166,42 +199,67 @@ fn soak_one_run(case: &Case, expected: &Undisturbed, harms: &[How], dice: &mut D
     }
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum How {
     KillRank,
     KillLauncher,
     Interrupt,
     Terminate,
+    FreezeRank,
+    FillDisk,
 }
 
 const ALL_HARM: &[How] = &[How::KillRank, How::KillLauncher, How::Interrupt, How::Terminate];
+
+const FAULTS: &[How] = &[How::KillRank, How::FreezeRank, How::FillDisk];
 
 /// What is done to a run, or to one rank of it, and when.
 struct Harm {
     how: How,
     rank: usize,
     after: Duration,
+    /// KiB that a full disk has left for checkpoints.
+    room: usize,
 }
 
 impl Harm {
     fn draw(from: &[How], dice: &mut Dice, run: &Undisturbed) -> Self {
         let after = run.took.mul_f64(dice.below(1000) as f64 / 1000.0);
-        Self { how: *dice.pick(from), rank: dice.below(run.ranks), after }
+        let room = dice.below(3 * run.checkpoint_kib);
+        Self { how: *dice.pick(from), rank: dice.below(run.ranks), after, room }
     }
 }
 
 fn attempt(case: &Case, recipe: &str, settings: &[&str], harm: Option<Harm>, counts: &mut Counts) -> Ended {
-    let run = Running::start(&mut case.run(recipe, settings));
+    if let Some(Harm { how: How::FillDisk, room, .. }) = harm
+        && let Some(ended) = with_little_disk(case, recipe, settings, room, counts)
+    {
+        return ended;
+    }
+    let timeout: &[&str] = if harm.as_ref().is_some_and(|harm| harm.how == How::FreezeRank) { &[TIMEOUT] } else { &[] };
+    let run = Running::start(&mut case.run(recipe, &[settings, timeout].concat()));
     let launcher = run.pid;
-    let mut ways_to_end = vec![0];
-    if let Some(Harm { how, rank, after }) = harm {
+    let (mut ways_to_end, mut frozen) = (vec![0], None);
+    if let Some(Harm { how, rank, after, room: _ }) = harm {
         sleep(after);
         match how {
-            How::KillRank => {
+            // Where nobody may mount a disk, it is a kill.
+            How::KillRank | How::FillDisk => {
                 if let Some((_, worker)) = run.workers().into_iter().find(|(number, _)| *number == rank) {
                     // It may have ended by itself meanwhile.
                     let _ = kill_process(worker, Signal::KILL);
                     count(counts, "ranks killed", 1);
+                }
+                ways_to_end.push(1);
+            }
+            How::FreezeRank => {
+                // Of ranks that are done none waits for another.
+                let is_early = lines(case, "out").iter().filter(|line| line["loss"].is_number()).count() < NEARLY_DONE;
+                let worker = run.workers().into_iter().find(|(number, _)| *number == rank);
+                if let Some((_, worker)) = worker.filter(|_| is_early) {
+                    let _ = kill_process(worker, Signal::STOP);
+                    count(counts, "ranks frozen", 1);
+                    frozen = Some(rank);
                 }
                 ways_to_end.push(1);
             }
@@ -226,10 +284,34 @@ fn attempt(case: &Case, recipe: &str, settings: &[&str], harm: Option<Harm>, cou
         }
     }
     let ended = run.wait();
+    if let Some(rank) = frozen.filter(|_| ended.code == 1) {
+        let named = [format!("no word from rank {rank} for "), format!("rank {rank} could not be reached")];
+        assert!(named.iter().any(|text| ended.stderr.contains(text)), "rank {rank} is not named: {}", ended.stderr);
+    }
     assert!(ways_to_end.contains(&ended.code), "exit {}, not one of {ways_to_end:?}\n{}", ended.code, ended.stderr);
     assert!(!ended.stderr.contains("is a bug") && !ended.stderr.contains("panicked"), "{}", ended.stderr);
     assert_eq!(workers_of(launcher), [], "a worker is left");
     ended
+}
+
+/// Runs on a disk of the folder's content and `room` KiB more; `None` where nobody may mount one.
+fn with_little_disk(case: &Case, recipe: &str, settings: &[&str], room: usize, counts: &mut Counts) -> Option<Ended> {
+    let settings = settings.iter().map(|setting| format!("'{setting}'")).collect::<Vec<_>>().join(" ");
+    let script = format!(
+        "rm -rf before after; cp -a out before; used=$(du -sk before | cut -f1)
+        mount -t tmpfs -o size=$((used + {room} + 64))k none out; cp -a before/. out/
+        code=0; train {settings} || code=$?
+        cp -a out after; exit $code"
+    );
+    let ended = faults::mounted(case, recipe, &script)?;
+    std::fs::remove_dir_all(case.path("out")).unwrap();
+    std::fs::rename(case.path("after"), case.path("out")).unwrap();
+    println!("  FillDisk, {room} KiB left: exit {}", ended.code);
+    let is_full = ended.stderr.contains("No space left on device");
+    assert!(ended.code == if is_full { 1 } else { 0 }, "exit {}\n{}", ended.code, ended.stderr);
+    assert!(!ended.stderr.contains("is a bug") && !ended.stderr.contains("panicked"), "{}", ended.stderr);
+    count(counts, "disks filled", usize::from(is_full));
+    Some(ended)
 }
 
 /// Checkpoints under their own names, which promise that they are whole.

@@ -1,6 +1,7 @@
 //! What the number tests share: the tiny model, the recorded rows, and a run driven as the shipped recipe drives it.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use host::config::plan::*;
 use host::data::{Sample, Tokenized};
@@ -142,6 +143,7 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
         },
         device: DevicePlan::Cpu,
         collectives: CollectivesPlan::Gloo,
+        collective_timeout_seconds: 1800.0,
         dtype: Dtype::Fp32,
         placement: PlacementPlan {
             parallel: Parallel::Auto,
@@ -253,7 +255,7 @@ pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port:
         libtorch_lib: PathBuf::new(),
         report: None,
     };
-    let mut group = Group::join(&env).unwrap();
+    let mut group = Group::join(&env, Duration::from_secs(1800)).unwrap();
     // Ranks of one process share a GPU here, which NCCL does not allow.
     if world == 1 && device() != Device::Cpu {
         let libtorch = host::libtorch::find().unwrap();

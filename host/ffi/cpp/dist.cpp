@@ -104,14 +104,15 @@ extern "C" void host_free_bytes(uint8_t* bytes) { std::free(bytes); }
 
 // Exactly one of `interface` and `address` is not null.
 extern "C" char* host_group_new(const host::Store* store, const char* prefix, int rank, int size, const char* interface,
-                                const char* address, uint64_t timeout_ms, host::Group** out) {
+                                const char* address, uint64_t meeting_ms, uint64_t timeout_ms,
+                                host::Group** out) {
   return host::guard([&] {
     auto options = c10d::ProcessGroupGloo::Options::create(host::Milliseconds(timeout_ms));
     options->threads = 2;
     options->devices.push_back(interface ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
                                          : c10d::ProcessGroupGloo::createDeviceForHostname(address));
     auto view = c10::make_intrusive<c10d::PrefixStore>(prefix, store->inner);
-    view->setTimeout(host::Milliseconds(timeout_ms));
+    view->setTimeout(host::Milliseconds(meeting_ms));
     *out = new host::Group{c10::make_intrusive<c10d::ProcessGroupGloo>(view, rank, size, options)};
   });
 }

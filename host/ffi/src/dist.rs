@@ -153,7 +153,7 @@ impl Group {
 
     /// Joins the group `name` as `rank` of `world_size`; returns when all ranks have joined.
     ///
-    /// `timeout` bounds the meeting and every collective. Gloo listens on the interface `GLOO_SOCKET_IFNAME` names (the
+    /// The store's timeout bounds the meeting, `timeout` every collective. Gloo listens on the interface `GLOO_SOCKET_IFNAME` names (the
     /// first, of several), else on the address this machine has towards the store, which is loopback when the store is
     /// here. A `world_size` of one gives [`Group::alone`].
     pub fn join(store: &Store, name: &str, rank: usize, world_size: usize, timeout: Duration) -> Result<Self> {
@@ -184,13 +184,13 @@ impl Group {
                 c_size,
                 interface_ptr,
                 address.as_ptr(),
-                millis(timeout.min(store.timeout)),
+                millis(store.timeout),
+                millis(timeout),
                 &mut raw,
             )
         });
         made.map_err(|e| FfiError(format!("rank {rank} of {world_size} could not join the group `{name}`: {}", e.0)))?;
         let group = Self { raw, nccl: None, received: Cell::new(0), rank, world_size, timeout };
-        // From here on the timeout is that of the collectives.
         group.barrier()?;
         Ok(group)
     }

@@ -162,6 +162,7 @@ unsafe extern "C" {
         size: c_int,
         interface: *const c_char,
         address: *const c_char,
+        meeting_ms: u64,
         timeout_ms: u64,
         out: *mut *mut Group,
     ) -> Message;

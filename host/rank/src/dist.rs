@@ -1,7 +1,10 @@
 //! The ranks of a run as one group. A world of one is a group of one, not a special case.
 
+use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Duration;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use host::config::plan::CollectivesPlan;
 use host::error::{Error, Kind, Result};
@@ -12,34 +15,50 @@ use tch::{Device, Tensor};
 use crate::device;
 use crate::torch::TorchContext;
 
-/// How long a collective waits for a peer before the run is given up. A rank may be validating or writing a checkpoint.
-const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
-/// How long the ranks wait for each other to start.
+/// How long the ranks wait for each other to start, at most.
 const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+/// Ranks that give up hear of each other within this.
+const ROLL_CALL: Duration = Duration::from_secs(3);
 
 pub struct Group {
     pub rank: usize,
     pub world_size: usize,
     inner: dist::Group,
+    timeout: Duration,
+    /// Where ranks that give up tell each other so; it is given away then.
+    store: Cell<Option<dist::Store>>,
+    /// The one under way; 0 before the first.
+    step: Cell<usize>,
 }
 
 impl Group {
-    /// Meets the other ranks at the master's address.
-    pub fn join(env: &WorkerEnv) -> Result<Self> {
+    /// Meets the other ranks at the master's address. `timeout` is how long each waits for one that does not come, from then on
+    /// and here too.
+    pub fn join(env: &WorkerEnv, timeout: Duration) -> Result<Self> {
         let (rank, world_size) = (env.rank, env.world_size);
-        if world_size == 1 {
-            return Ok(Self { rank, world_size, inner: dist::Group::alone() });
-        }
-        let store = if rank == 0 {
-            dist::Store::serve(&env.master_addr, env.master_port, world_size, RENDEZVOUS_TIMEOUT)
-                .torch("start the ranks' meeting point")?
-        } else {
-            dist::Store::connect(&env.master_addr, env.master_port, world_size, RENDEZVOUS_TIMEOUT)
-                .map_err(|error| lost_peer("rank 0 could not be reached", error))?
+        let mut group = Self {
+            rank,
+            world_size,
+            inner: dist::Group::alone(),
+            timeout: RENDEZVOUS_TIMEOUT.min(timeout),
+            store: Cell::default(),
+            step: Cell::default(),
         };
-        let inner = dist::Group::join(&store, "ranks", rank, world_size, COLLECTIVE_TIMEOUT)
-            .map_err(|error| lost_peer("the ranks could not find each other", error))?;
-        Ok(Self { rank, world_size, inner })
+        if world_size == 1 {
+            return Ok(group);
+        }
+        let (address, port, meeting) = (&env.master_addr, env.master_port, group.timeout);
+        let store = if rank == 0 {
+            dist::Store::serve(address, port, world_size, meeting).torch("start the ranks' meeting point")?
+        } else {
+            dist::Store::connect(address, port, world_size, meeting)
+                .map_err(|error| stopped("rank 0 could not be reached").cause(error))?
+        };
+        let inner = dist::Group::join(&store, "ranks", rank, world_size, timeout);
+        group.store.set(Some(store));
+        group.inner = inner.map_err(|error| group.lost("the ranks could not find each other", error))?;
+        group.timeout = timeout;
+        Ok(group)
     }
 
     /// Lets collectives on tensors of `device` run there, as the plan says; every rank has to ask.
@@ -52,8 +71,8 @@ impl Group {
         let version = host_ffi::nccl::version(library).torch("load the library for collectives on GPUs");
         let version = version.map_err(|error| error.hint("`distributed_backend: gloo` does without it, slower"))?;
         self.inner
-            .attach(library, index, COLLECTIVE_TIMEOUT)
-            .map_err(|error| lost_peer("the ranks' GPUs could not find each other", error))?;
+            .attach(library, index, self.timeout)
+            .map_err(|error| self.lost("the ranks' GPUs could not find each other", error))?;
         if self.is_main() {
             tracing::info!("collectives: {library} {version}");
         }
@@ -63,11 +82,12 @@ impl Group {
     /// Which step errors are to name from now on.
     pub fn set_step(&self, step: usize) {
         self.inner.set_step(step);
+        self.step.set(step);
     }
 
     /// Whether what was read from the device since is what the ranks agreed on.
     pub fn check(&self) -> Result<()> {
-        self.inner.check().map_err(|error| lost_peer("a collective failed", error))
+        self.inner.check().map_err(|error| self.lost("a collective failed", error))
     }
 
     /// Bytes that collectives have brought to this rank since the last call.
@@ -77,7 +97,7 @@ impl Group {
 
     /// Sums `tensor` over all ranks, in place.
     pub fn all_reduce_sum(&self, tensor: &Tensor) -> Result<()> {
-        self.inner.all_reduce_sum(tensor).map_err(|error| lost_peer("an all-reduce failed", error))
+        self.inner.all_reduce_sum(tensor).map_err(|error| self.lost("an all-reduce failed", error))
     }
 
     /// Starts to fill `whole` with the shards of all ranks.
@@ -102,7 +122,7 @@ impl Group {
     /// The bytes that rank 0 gives, on every rank.
     pub fn from_main(&self, bytes: &[u8]) -> Result<Vec<u8>> {
         let broadcast =
-            |tensor: &Tensor| self.inner.broadcast(tensor, 0).map_err(|error| lost_peer("a broadcast failed", error));
+            |tensor: &Tensor| self.inner.broadcast(tensor, 0).map_err(|error| self.lost("a broadcast failed", error));
         let length = Tensor::from_slice(&[bytes.len() as i64]);
         broadcast(&length)?;
         let content = if self.is_main() {
@@ -117,7 +137,7 @@ impl Group {
     /// The numbers that each rank gives, by rank; every rank has to give as many.
     pub fn gather(&self, mine: &[i64]) -> Result<Vec<Vec<i64>>> {
         let all = self.inner.all_gather(&Tensor::from_slice(mine));
-        let all = all.map_err(|error| lost_peer("an all-gather failed", error))?;
+        let all = all.map_err(|error| self.lost("an all-gather failed", error))?;
         Vec::<Vec<i64>>::try_from(all).torch("read what the ranks gave")
     }
 
@@ -130,7 +150,7 @@ impl Group {
     /// The texts that each rank gives, by rank; every rank has to ask.
     pub fn texts(&self, mine: &str) -> Result<Vec<String>> {
         let gather =
-            |tensor: &Tensor| self.inner.all_gather(tensor).map_err(|error| lost_peer("an all-gather failed", error));
+            |tensor: &Tensor| self.inner.all_gather(tensor).map_err(|error| self.lost("an all-gather failed", error));
         let lengths: Vec<usize> = self.gather(&[mine.len() as i64])?.iter().map(|row| row[0] as usize).collect();
         let mut bytes = mine.as_bytes().to_vec();
         bytes.resize(lengths.iter().copied().max().unwrap_or(0), 0);
@@ -152,11 +172,64 @@ impl Group {
             None => Ok(None),
         }
     }
+
+    /// What a failed collective says: which rank did not come where some did not, else that another rank is the cause, whose own
+    /// error the launcher reports instead.
+    fn lost(&self, what: &str, error: host_ffi::FfiError) -> Error {
+        let text = error.to_string().to_lowercase();
+        let is_late = text.contains("did not take part") || text.contains("timed out") || text.contains("timeout");
+        let missing = self.store.take().map(|store| roll_call(store, self.rank, self.world_size, is_late));
+        let Some(missing) = missing.filter(|missing| is_late && !missing.is_empty()) else {
+            return stopped(what).cause(error);
+        };
+        let noun = if missing.len() == 1 { "rank" } else { "ranks" };
+        let missing = missing.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+        let place = match self.step.get() {
+            0 => "before the first step".to_owned(),
+            step => format!("in step {step}"),
+        };
+        let seconds = self.timeout.as_secs_f64();
+        Error::run(format!("no word from {noun} {missing} for {seconds} s, {place}"))
+            .cause(error)
+            .hint("that process may be stopped, or its machine out of memory or cut off; see there")
+            .hint("`collective_timeout_seconds` is how long ranks wait for each other")
+    }
 }
 
-/// An error that says another rank is the cause: the launcher reports that rank's own error instead.
-fn lost_peer(what: &str, error: host_ffi::FfiError) -> Error {
-    stopped(what).cause(error)
+/// Tells the other ranks through the store that this one gives up. Where it `waits`, returns those that do not say so
+/// themselves: they are not waiting for anybody.
+fn roll_call(store: dist::Store, rank: usize, world_size: usize, waits: bool) -> Vec<usize> {
+    let (sender, answers) = mpsc::channel();
+    let deadline = Instant::now() + ROLL_CALL;
+    // Where the process that serves the store is stopped, this never returns: it is left to the end of ours.
+    std::thread::spawn(move || {
+        let key = |rank: usize| format!("gives up/{rank}");
+        let mut heard = BTreeSet::from([rank]);
+        if store.set(&key(rank), &[]).is_err() {
+            return;
+        }
+        while waits && heard.len() < world_size && Instant::now() < deadline {
+            for other in 0..world_size {
+                match store.check(&key(other)) {
+                    Ok(gives_up) if gives_up => drop(heard.insert(other)),
+                    Ok(_) => {}
+                    Err(_) => return,
+                }
+            }
+            let _ = sender.send(heard.clone());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    let mut last = None;
+    while let Ok(heard) = answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        last = Some(heard);
+    }
+    match last {
+        Some(heard) => (0..world_size).filter(|rank| !heard.contains(rank)).collect(),
+        // Nobody serves the store.
+        None if waits && rank != 0 => vec![0],
+        None => vec![],
+    }
 }
 
 /// A rank that has no mistake of its own: another rank reports the cause.

@@ -136,6 +136,8 @@ pub struct TrainPlan {
     pub metrics: MetricsPlan,
     pub device: DevicePlan,
     pub collectives: CollectivesPlan,
+    /// How long ranks wait for one that does not come.
+    pub collective_timeout_seconds: f64,
     pub dtype: Dtype,
     pub placement: PlacementPlan,
     /// `compat: torchtune`: adapters and moments in `dtype`, torchtune's data order.

@@ -14,6 +14,9 @@ pub struct Args {
     /// Decides what is done to which run, but not where exactly that finds it [default: the time]
     #[arg(long)]
     seed: Option<u64>,
+    /// Ranks killed, ranks frozen and disks filled, before the minutes begin
+    #[arg(long, default_value_t = 50)]
+    faults: usize,
 }
 
 const PROPERTY_CASES: &str = "2560";
@@ -28,6 +31,7 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     let mut test = cargo(root);
     test.args("test --release --workspace --test dist -- --ignored --nocapture --exact soak::soak".split(' '));
     test.env("HOST_SOAK_MINUTES", args.minutes.to_string());
+    test.env("HOST_SOAK_FAULTS", args.faults.to_string());
     test.env("HOST_SOAK_SEED", args.seed.unwrap_or_else(now).to_string());
     run_command(&mut test)
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use host::config::plan::{DatasetPlan, ModelPlan, RowsPlan, SchedulePlan, TrainPlan};
 use host::data::template::Templates;
@@ -136,7 +136,7 @@ impl Run {
     /// Opens everything the plan describes. Nothing is trained yet.
     pub fn open(plan: TrainPlan, inputs: Inputs) -> Result<Run> {
         let device = device::open(plan.device, inputs.env.local_rank, &inputs.env.libtorch_lib)?;
-        let mut group = Group::join(&inputs.env)?;
+        let mut group = Group::join(&inputs.env, Duration::from_secs_f64(plan.collective_timeout_seconds))?;
         group.attach(plan.collectives, device, &inputs.env.libtorch_lib)?;
         let tokenizer = Tokenizer::of(&plan.tokenizer)?;
         // Ranks of one machine share what the first of them caches; when that fails, the others need not read all rows to

@@ -288,6 +288,7 @@ impl Run {
         if self.interruption.get().is_some() || self.is_complete() {
             return Ok(false);
         }
+        self.parts.group.set_step(self.parts.position.step + 1);
         let started = Instant::now();
         let waiting = VecDeque::from(self.microbatches());
         let sums = Sums::zero(self.parts.device);
@@ -592,7 +593,6 @@ impl Run {
         let first = &mut pieces[0];
         let size = if is_shared { 0 } else { first.size()[0] };
         let sent = Tensor::cat(&[first.narrow(0, 0, size).to_kind(Kind::Float), tail], 0);
-        parts.group.set_step(parts.position.step + 1);
         parts.group.all_reduce_sum(&sent)?;
         let numbers: Vec<f64> =
             Vec::try_from(sent.narrow(0, size, SCALARS).to_kind(Kind::Double).to_device(Device::Cpu))

@@ -179,6 +179,12 @@ pub const TRAIN: &[Key] = &[
         "auto",
         "What moves tensors between ranks: `nccl` is RCCL on ROCm, `gloo` goes through host memory.",
     ),
+    key(
+        "collective_timeout_seconds",
+        Type::Number { min: 0.001, max: 1e9 },
+        "1800.0",
+        "How long ranks wait for one that does not come; it may be reading data or writing the last checkpoint.",
+    ),
     optional("fsdp", Type::Any, "v0.2.1: settings of FSDP.").satisfied(SHARDED_BY_BLOCK),
     optional("custom_sharded_layers", Type::Texts, "Layers sharded apart.").satisfied(SHARDED_BY_BLOCK),
     key("memory_efficient_fsdp_wrap", Type::Bool, "False", "Embedding and output sharded apart.")

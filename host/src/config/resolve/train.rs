@@ -114,6 +114,7 @@ pub(super) fn build(
         metrics: metrics?,
         device: device?,
         collectives: collectives?,
+        collective_timeout_seconds: root.get("collective_timeout_seconds")?,
         dtype: dtype?,
         placement: placement?,
         compat_torchtune: root.get::<Option<String>>("compat")?.is_some(),
