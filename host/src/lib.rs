@@ -19,6 +19,7 @@ pub mod libtorch;
 pub mod machine;
 pub mod panics;
 pub mod placement;
+pub mod saved;
 pub mod tokenizer;
 pub mod worker;
 

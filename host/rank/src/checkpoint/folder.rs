@@ -7,10 +7,11 @@ use host::Result;
 use host::config::plan::{CheckpointPlan, ModelPlan};
 use host::error::IoContext;
 use host::hf::config_folder;
+use host::saved;
 use tch::{Kind, Tensor};
 
 use crate::adapter::peft;
-use crate::checkpoint::resume::{self, ResumeState, existing};
+use crate::checkpoint::resume::ResumeState;
 use crate::checkpoint::shards::ShardFiles;
 use crate::checkpoint::{files, merged};
 use crate::metrics::Curve;
@@ -45,7 +46,10 @@ impl Saver {
     ) -> Result<Self> {
         Ok(Self {
             // A resumed run prunes what it finds as well: the limit is the folder's.
-            written: if plan.resume { existing(&plan.output_dir)? } else { vec![] },
+            written: match plan.resume {
+                true => saved::existing(&plan.output_dir)?.into_iter().map(|saved| saved.path).collect(),
+                false => vec![],
+            },
             plan: plan.clone(),
             checkpoint_dir: config_folder(&model.checkpoint_dir).to_owned(),
             kind,
@@ -206,7 +210,7 @@ fn is_leftover(output_dir: &Path, name: &str) -> bool {
         return is_checkpoint(unfinished.strip_suffix(".old").unwrap_or(unfinished));
     }
     // Without a new version beside it, the old one is the only whole one.
-    let has_new = |name: &str| output_dir.join(name).join(resume::STATE).is_file();
+    let has_new = |name: &str| output_dir.join(name).join(saved::STATE).is_file();
     name.strip_suffix(".old").is_some_and(|name| is_checkpoint(name) && has_new(name))
 }
 
@@ -263,7 +267,7 @@ mod tests {
         for name in folders {
             let folder = dir.join(name.trim_end_matches('!'));
             fs::create_dir(&folder).unwrap();
-            fs::write(folder.join(if name.ends_with('!') { resume::STATE } else { "file" }), "{}").unwrap();
+            fs::write(folder.join(if name.ends_with('!') { saved::STATE } else { "file" }), "{}").unwrap();
         }
     }
 

@@ -1,10 +1,10 @@
 //! What a run needs to go on as if it had not stopped: its numbers and moments bit for bit, and where in the data it was.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use host::config::plan::{Dtype, LoraPlan};
-use host::error::IoContext;
 use host::hf::{ModelConfig, WeightIndex};
+use host::saved::STATE;
 use host::{Error, Result};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -14,7 +14,6 @@ use crate::checkpoint::shards::ShardFiles;
 use crate::model::Weights;
 use crate::shard::Shards;
 
-pub(super) const STATE: &str = "resume.json";
 const TENSORS: &str = "resume.safetensors";
 
 /// What a run has in common with the checkpoint it goes on from: the model, the rows and their order, the types of its
@@ -195,40 +194,11 @@ impl ResumeState {
     }
 }
 
-/// The checkpoint below `output_dir` that was written last.
-pub fn newest(output_dir: &Path) -> Result<Option<PathBuf>> {
-    Ok(existing(output_dir)?.pop())
-}
-
-/// Checkpoints below `output_dir` that can be resumed from, oldest first.
-pub fn existing(output_dir: &Path) -> Result<Vec<PathBuf>> {
-    if !output_dir.exists() {
-        return Ok(vec![]);
-    }
-    let mut found: Vec<(u128, PathBuf)> = Vec::new();
-    for entry in std::fs::read_dir(output_dir).path_context("list", output_dir)? {
-        let path = entry.path_context("list", output_dir)?.path();
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        if !(name.starts_with("step_") || name.starts_with("epoch_")) {
-            continue;
-        }
-        // An old version that stepped aside counts only while no new one has taken its name.
-        if name.strip_suffix(".old").is_some_and(|whole| output_dir.join(whole).exists()) {
-            continue;
-        }
-        let Ok(text) = std::fs::read_to_string(path.join(STATE)) else { continue };
-        let Ok(position) = serde_json::from_str::<Position>(&text) else { continue };
-        found.push((position.saved_at, path));
-    }
-    found.sort();
-    Ok(found.into_iter().map(|(_, path)| path).collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn position(saved_at: u128) -> Position {
+    fn position() -> Position {
         let lora = LoraPlan { rank: 8, alpha: 16.0, dropout: 0.0, targets: vec!["q_proj".into(), "v_proj".into()] };
         let identity = Identity {
             base_model: "0123456789abcdef-and-more".into(),
@@ -250,49 +220,14 @@ mod tests {
             samples_per_step: 8,
             identity,
             host_version,
-            saved_at,
+            saved_at: 0,
             shards: 0,
         }
     }
 
-    fn save(output_dir: &Path, name: &str, saved_at: u128) {
-        std::fs::create_dir_all(output_dir.join(name)).unwrap();
-        files::write_json(&output_dir.join(name).join(STATE), &position(saved_at)).unwrap();
-    }
-
-    #[test]
-    fn the_newest_checkpoint_is_the_one_saved_last() {
-        let dir = tempfile::tempdir().unwrap();
-        let newest = || newest(dir.path()).unwrap().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned());
-        assert_eq!(newest(), None);
-        save(dir.path(), "step_9", 1_000);
-        save(dir.path(), "step_10", 3_000);
-        save(dir.path(), "epoch_0", 2_000);
-        assert_eq!(newest().unwrap(), "step_10");
-        // A new run in the folder of one that went further.
-        save(dir.path(), "step_3", 4_000);
-        assert_eq!(newest().unwrap(), "step_3");
-        // What is no whole checkpoint of ours is passed over.
-        save(dir.path(), ".step_4.partial", 5_000);
-        save(dir.path(), "logs", 5_000);
-        std::fs::create_dir(dir.path().join("step_99")).unwrap();
-        assert_eq!(newest().unwrap(), "step_3");
-    }
-
-    #[test]
-    fn an_old_version_counts_while_it_is_the_only_one() {
-        let dir = tempfile::tempdir().unwrap();
-        save(dir.path(), "step_1", 1);
-        save(dir.path(), "step_2.old", 2);
-        assert!(newest(dir.path()).unwrap().unwrap().ends_with("step_2.old"));
-        save(dir.path(), "step_2", 3);
-        let names: Vec<_> = existing(dir.path()).unwrap();
-        assert_eq!(names, [dir.path().join("step_1"), dir.path().join("step_2")]);
-    }
-
     #[test]
     fn another_run_is_told_by_every_part_that_differs() {
-        let then = position(0).identity;
+        let then = position().identity;
         let check = |change: &dyn Fn(&mut Identity)| {
             let mut now = then.clone();
             change(&mut now);

@@ -11,13 +11,14 @@ use host::data::template::Templates;
 use host::data::{self, BatchLayout, Order, Tokenized};
 use host::hf::{ModelConfig, WeightIndex};
 use host::placement::Placement;
+use host::saved;
 use host::tokenizer::Tokenizer;
 use host::worker::{StopFlag, WorkerEnv};
 use host::{Error, Result};
 use tch::{Device, Kind};
 
 use crate::adapter::{LoraAdapter, peft};
-use crate::checkpoint::resume::{self, Identity, Position, ResumeState, Wanted};
+use crate::checkpoint::resume::{Identity, Position, ResumeState, Wanted};
 use crate::checkpoint::{Saver, Writer, folder};
 use crate::dist::{self, Group};
 use crate::metrics::{Curve, Recorder};
@@ -375,7 +376,7 @@ fn find_resume(plan: &TrainPlan) -> Result<PathBuf> {
     if let Some(dir) = &plan.checkpoint.resume_from {
         return Ok(dir.clone());
     }
-    resume::newest(&plan.checkpoint.output_dir)?.ok_or_else(|| {
+    saved::existing(&plan.checkpoint.output_dir)?.pop().map(|saved| saved.path).ok_or_else(|| {
         Error::config(format!(
             "`resume_from_checkpoint: True`, but `{}` holds no checkpoint",
             plan.checkpoint.output_dir.display()
