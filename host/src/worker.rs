@@ -30,6 +30,12 @@ pub const MASTER_PORT: &str = "MASTER_PORT";
 pub const HOST_LIBTORCH: &str = "HOST_LIBTORCH";
 /// The file a failing worker writes its [`Report`] to.
 pub const HOST_REPORT: &str = "HOST_REPORT";
+/// How many times the run was restarted: torchrun's count, and ours.
+pub const RESTART_COUNT: &str = "TORCHELASTIC_RESTART_COUNT";
+/// torchrun's word for a store that it serves itself at `MASTER_PORT`: `True`.
+pub const USE_AGENT_STORE: &str = "TORCHELASTIC_USE_AGENT_STORE";
+/// How many seconds ranks wait for each other to come.
+pub const HOST_RDZV_TIMEOUT: &str = "HOST_RDZV_TIMEOUT";
 /// The launcher's process id.
 pub const HOST_LAUNCHER: &str = "HOST_LAUNCHER";
 
@@ -42,9 +48,37 @@ pub struct WorkerEnv {
     pub local_world_size: usize,
     pub master_addr: String,
     pub master_port: u16,
+    pub rendezvous: Rendezvous,
     pub libtorch_lib: PathBuf,
     /// `None` when no launcher waits for a report.
     pub report: Option<PathBuf>,
+}
+
+/// How ranks meet at the master's address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rendezvous {
+    /// Ranks of one attempt meet each other, and nobody who is late from the one before.
+    pub attempt: usize,
+    pub timeout: Duration,
+    /// Whoever started the ranks serves the store; otherwise rank 0 does.
+    pub has_store: bool,
+}
+
+impl Default for Rendezvous {
+    fn default() -> Self {
+        Self { attempt: 0, timeout: Duration::from_secs(5 * 60), has_store: false }
+    }
+}
+
+impl Rendezvous {
+    pub(crate) fn read(var: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
+        let default = Self::default();
+        Ok(Self {
+            attempt: number(&var, RESTART_COUNT)?.unwrap_or(default.attempt),
+            timeout: number(&var, HOST_RDZV_TIMEOUT)?.map_or(default.timeout, Duration::from_secs),
+            has_store: var(USE_AGENT_STORE).is_some_and(|value| value == "True"),
+        })
+    }
 }
 
 impl WorkerEnv {
@@ -66,6 +100,7 @@ impl WorkerEnv {
             local_world_size: group.local_world_size,
             master_addr: group.master_addr,
             master_port: group.master_port,
+            rendezvous: Rendezvous::read(&var)?,
             libtorch_lib,
             report: var(HOST_REPORT).map(PathBuf::from),
         })
@@ -73,8 +108,17 @@ impl WorkerEnv {
 
     /// Writes the variables that [`WorkerEnv::read`] reads.
     pub fn apply_to(&self, command: &mut Command) {
-        let Self { rank, local_rank, world_size, local_world_size, master_addr, master_port, libtorch_lib, report } =
-            self;
+        let Self {
+            rank,
+            local_rank,
+            world_size,
+            local_world_size,
+            master_addr,
+            master_port,
+            rendezvous: Rendezvous { attempt, timeout, has_store },
+            libtorch_lib,
+            report,
+        } = self;
         command
             .env(RANK, rank.to_string())
             .env(LOCAL_RANK, local_rank.to_string())
@@ -82,6 +126,9 @@ impl WorkerEnv {
             .env(LOCAL_WORLD_SIZE, local_world_size.to_string())
             .env(MASTER_ADDR, master_addr)
             .env(MASTER_PORT, master_port.to_string())
+            .env(RESTART_COUNT, attempt.to_string())
+            .env(USE_AGENT_STORE, if *has_store { "True" } else { "False" })
+            .env(HOST_RDZV_TIMEOUT, timeout.as_secs().to_string())
             .env(HOST_LIBTORCH, libtorch_lib)
             .env(HOST_LAUNCHER, std::process::id().to_string());
         match report {
@@ -307,6 +354,7 @@ mod tests {
             local_world_size: 2,
             master_addr: "node0".into(),
             master_port: 29500,
+            rendezvous: Rendezvous { attempt: 2, timeout: Duration::from_secs(7), has_store: true },
             libtorch_lib: "torch/lib".into(),
             report,
         }

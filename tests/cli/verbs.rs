@@ -84,10 +84,32 @@ fn run_helps() {
               [default: 1]
 
           --master-addr <HOST>
-              Where the workers meet
+              Where the workers of one machine meet
 
           --master-port <PORT>
               The port where the workers meet; any free one by default
+
+          --nnodes <N>
+              Machines of the run, each with its own `host run`
+              
+              [default: 1]
+
+          --node-rank <R>
+              Which of the machines this is, from 0; ranks count on from there
+
+          --rdzv-endpoint <HOST:PORT>
+              Where the machines meet: a name or address of node 0, and a free port there (29400 if not
+              given)
+
+          --rdzv-id <ID>
+              A name of the run, the same on all machines, that keeps others out
+
+          --rdzv-timeout <SECONDS>
+              How long machines and ranks wait for each other to come; 300 if not given
+
+          --max-restarts <K>
+              How often all ranks are started again, from the newest checkpoint, after one of them or a
+              machine was lost
 
       -h, --help
               Print help (see a summary with '-h')
@@ -106,32 +128,17 @@ fn run_helps() {
           --local-ranks-filter <RANKS>
               Shows only these workers' output, such as `0,2`
 
-          --rdzv-endpoint <VALUE>
-              Where the workers meet, as HOST:PORT
-
           --standalone
               Ignores `--rdzv-endpoint`
 
-          --nnodes <VALUE>
-              Only 1: a run is on one machine so far
-
-          --node-rank <VALUE>
-              Only 0: a run is on one machine so far
-
-          --max-restarts <VALUE>
-              Only 0: a run that failed goes on with `resume_from_checkpoint=True`
+          --rdzv-conf <VALUE>
+              Of `timeout=SECONDS`: what `--rdzv-timeout` says
 
           --rdzv-backend <VALUE>
-              Changes nothing: workers of one machine meet at the first one's port
-
-          --rdzv-id <VALUE>
-              Changes nothing: each run has a port of its own
-
-          --rdzv-conf <VALUE>
-              Changes nothing: workers of one machine meet at the first one's port
+              Only c10d: machines meet at node 0, and need no server besides
 
           --local-addr <VALUE>
-              Changes nothing: workers of one machine meet at the first one's port
+              Changes nothing: a machine is known by the address it reaches node 0 from
 
           --monitor-interval <VALUE>
               Changes nothing: a worker's end is seen at once
@@ -535,23 +542,71 @@ fn torchruns_flags() {
     error: the output folder `c.yaml` cannot be made: `c.yaml` is a file
       --> command line
     ");
-    assert_snapshot!(run(&["--nnodes", "2", "--node_rank=1", "--max-restarts", "3", "-m", "--numa_binding", "node"]), @"
+    assert_snapshot!(run(&["-m", "--numa_binding", "node"]), @"
     exit 2
     --- stderr
-    error: `--nnodes 2` cannot be obeyed: a run is on one machine so far
-    hint: leave it out
-
-    error: `--node-rank 1` cannot be obeyed: a run is on one machine so far
-    hint: leave it out
-
-    error: `--max-restarts 3` cannot be obeyed: a run that failed goes on with `resume_from_checkpoint=True`
-    hint: leave it out
-
     error: `--numa-binding node` cannot be obeyed: workers are not bound to CPUs; `numactl` does it for all of them
     hint: leave it out
 
     error: `--module` cannot be obeyed: a recipe is a .wasm or .rhai file, not Python
     hint: leave it out
+    ");
+    // Where there are several machines, each has to know which it is and where they meet.
+    assert_snapshot!(run(&["--nnodes", "2", "--node_rank", "1"]), @"
+    exit 2
+    --- stderr
+    error: `--nnodes 2` needs to know where the machines meet
+    hint: `--rdzv-endpoint HOST:PORT`: a name or address of node 0 and a free port there
+    ");
+    assert_snapshot!(run(&["--nnodes", "2", "--rdzv_endpoint", "node0"]), @"
+    exit 2
+    --- stderr
+    error: `--nnodes 2` needs to know which of them this is
+    hint: `--node-rank`, from 0 at the rendezvous endpoint to 1
+    ");
+    assert_snapshot!(run(&["--nnodes", "2", "--rdzv_endpoint", "node0:port", "--node-rank=0"]), @"
+    exit 2
+    --- stderr
+    error: `--rdzv-endpoint node0:port` is not HOST or HOST:PORT
+    hint: `localhost:29500`
+    ");
+    assert_snapshot!(run(&["--nnodes", "2:2", "--master_addr", "node0", "--node-rank=2"]), @"
+    exit 2
+    --- stderr
+    error: there is no node 2 of `--nnodes 2`
+    hint: `--node-rank` counts from 0 to 1
+    ");
+    assert_snapshot!(run(&["--node-rank=1"]), @"
+    exit 2
+    --- stderr
+    error: `--node-rank 1` of one machine
+    hint: `--nnodes` says how many there are
+    ");
+    assert_snapshot!(run(&["--nnodes", "1:4"]), @"
+    exit 2
+    --- stderr
+    error: invalid value '1:4' for '--nnodes <N>': a run does not grow or shrink: give one number
+
+    For more information, try '--help'.
+    ");
+    assert_snapshot!(run(&["--rdzv-backend", "etcd"]), @"
+    exit 2
+    --- stderr
+    error: `--rdzv-backend etcd` cannot be obeyed: machines meet at node 0, and need no server besides
+    hint: leave it out
+    ");
+    assert_snapshot!(run(&["--rdzv-conf", "timeout=soon"]), @"
+    exit 2
+    --- stderr
+    error: `--rdzv-conf timeout=soon` has no seconds
+    hint: `--rdzv-conf timeout=300`
+    ");
+    assert_snapshot!(run(&["--rdzv-timeout", "0"]), @"
+    exit 2
+    --- stderr
+    error: invalid value '0' for '--rdzv-timeout <SECONDS>': 0 is not in 1..=86400
+
+    For more information, try '--help'.
     ");
     assert_snapshot!(run(&["--tee", "3"]), @"
     exit 2
@@ -600,6 +655,8 @@ fn torchruns_flags() {
         "numa-binding",
         "signals-to-handle",
         "virtual-local-rank",
+        // Ours alone.
+        "rdzv-timeout",
     ];
     for flag in torchrun {
         let both = [format!("--{flag}"), format!("--{}", flag.replace('-', "_"))];
@@ -633,7 +690,7 @@ fn generate_runs_in_one_process() {
     exit 2
     --- stderr
     error: `generate` runs in one process, and 2 were asked for
-    hint: leave `--nproc` out
+    hint: leave `--nproc` and `--nnodes` out
     ");
 }
 

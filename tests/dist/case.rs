@@ -165,7 +165,8 @@ impl Case {
     pub fn prepare(&self, command: &mut Command) {
         command.current_dir(self.dir.path()).env("XDG_CACHE_HOME", self.path("cache")).stdin(Stdio::null());
         let group = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
-        for name in group.into_iter().chain(["HOST_LOG", "OMP_NUM_THREADS", "RUST_BACKTRACE"]) {
+        let torchrun = ["TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"];
+        for name in group.into_iter().chain(torchrun).chain(["HOST_LOG", "OMP_NUM_THREADS", "RUST_BACKTRACE"]) {
             command.env_remove(name);
         }
         // Tests run at the same time: threads that wait for work must not keep the cores from those that have some.
@@ -341,15 +342,25 @@ pub fn free_port() -> u16 {
 
 /// The living workers of a launcher, which may have ended itself, as rank and process.
 pub fn workers_of(launcher_pid: u32) -> Vec<(usize, Pid)> {
+    workers(&format!("HOST_LAUNCHER={launcher_pid}"))
+}
+
+/// The living workers of all launchers of a case.
+pub fn workers_with(case: &Case) -> Vec<(usize, Pid)> {
+    workers(&format!("XDG_CACHE_HOME={}", case.path("cache").display()))
+}
+
+/// The living workers with this in their environment.
+fn workers(variable: &str) -> Vec<(usize, Pid)> {
     let processes =
         std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().into_string().ok());
-    let launcher = format!("HOST_LAUNCHER={launcher_pid}");
     let mut workers: Vec<_> = processes
         .filter_map(|pid| {
             let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
             let variables: Vec<&[u8]> = environment.split(|byte| *byte == 0).collect();
-            let is_ours = variables.contains(&launcher.as_bytes());
-            let rank = variables.iter().find_map(|variable| variable.strip_prefix(b"RANK="))?;
+            let of = |name: &str| variables.iter().find_map(|variable| variable.strip_prefix(name.as_bytes()));
+            let is_ours = variables.contains(&variable.as_bytes()) && of("HOST_REPORT=").is_some();
+            let rank = of("RANK=")?;
             is_ours.then(|| {
                 let rank = std::str::from_utf8(rank).unwrap().parse().unwrap();
                 (rank, Pid::from_raw(pid.parse().unwrap()).unwrap())

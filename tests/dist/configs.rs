@@ -154,6 +154,7 @@ fn every_shipped_config_is_fine_and_trains() {
             local_world_size: 1,
             master_addr: "127.0.0.1".into(),
             master_port: free_port(),
+            rendezvous: Default::default(),
             libtorch_lib: PathBuf::new(),
             report: None,
         };

@@ -19,6 +19,7 @@ mod isolate;
 mod kit;
 mod methods;
 mod mistakes;
+mod nodes;
 mod preview;
 mod results;
 mod sequence;

@@ -252,6 +252,7 @@ pub fn open(plan: TrainPlan, rows: Vec<Sample>, rank: usize, world: usize, port:
         local_world_size: world,
         master_addr: "127.0.0.1".into(),
         master_port: port,
+        rendezvous: Default::default(),
         libtorch_lib: PathBuf::new(),
         report: None,
     };

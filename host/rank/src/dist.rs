@@ -15,10 +15,10 @@ use tch::{Device, Tensor};
 use crate::device;
 use crate::torch::TorchContext;
 
-/// How long the ranks wait for each other to start, at most.
-const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// Ranks that give up hear of each other within this.
 const ROLL_CALL: Duration = Duration::from_secs(3);
+/// For ranks to hear why rank 0 gives up.
+const LAST_WORD: Duration = Duration::from_secs(5);
 
 pub struct Group {
     pub rank: usize,
@@ -27,34 +27,38 @@ pub struct Group {
     timeout: Duration,
     /// Where ranks that give up tell each other so; it is given away then.
     store: Cell<Option<dist::Store>>,
+    /// Of this start's keys in the store.
+    prefix: String,
     /// The one under way; 0 before the first.
     step: Cell<usize>,
 }
 
 impl Group {
-    /// Meets the other ranks at the master's address. `timeout` is how long each waits for one that does not come, from then on
-    /// and here too.
+    /// Meets the other ranks at the master's address. `timeout` is how long each waits for one that does not come from then
+    /// on; here it is the rendezvous's.
     pub fn join(env: &WorkerEnv, timeout: Duration) -> Result<Self> {
-        let (rank, world_size) = (env.rank, env.world_size);
+        let (rank, world_size, meeting) = (env.rank, env.world_size, env.rendezvous.timeout);
         let mut group = Self {
             rank,
             world_size,
             inner: dist::Group::alone(),
-            timeout: RENDEZVOUS_TIMEOUT.min(timeout),
+            timeout: meeting,
             store: Cell::default(),
+            prefix: format!("host/{}", env.rendezvous.attempt),
             step: Cell::default(),
         };
         if world_size == 1 {
             return Ok(group);
         }
-        let (address, port, meeting) = (&env.master_addr, env.master_port, group.timeout);
-        let store = if rank == 0 {
-            dist::Store::serve(address, port, world_size, meeting).torch("start the ranks' meeting point")?
+        let store = if rank == 0 && !env.rendezvous.has_store {
+            dist::Store::serve(&env.master_addr, env.master_port, world_size, meeting)
+                .torch("start the ranks' meeting point")?
         } else {
-            dist::Store::connect(address, port, world_size, meeting)
-                .map_err(|error| stopped("rank 0 could not be reached").cause(error))?
+            dist::Store::connect(&env.master_addr, env.master_port, world_size, meeting)
+                .map_err(|error| unreached(env, &error))?
         };
-        let inner = dist::Group::join(&store, "ranks", rank, world_size, timeout);
+        wait_for_all(&store, &group.prefix, env)?;
+        let inner = dist::Group::join(&store, &format!("{}/ranks", group.prefix), rank, world_size, timeout);
         group.store.set(Some(store));
         group.inner = inner.map_err(|error| group.lost("the ranks could not find each other", error))?;
         group.timeout = timeout;
@@ -178,7 +182,7 @@ impl Group {
     fn lost(&self, what: &str, error: host_ffi::FfiError) -> Error {
         let text = error.to_string().to_lowercase();
         let is_late = text.contains("did not take part") || text.contains("timed out") || text.contains("timeout");
-        let missing = self.store.take().map(|store| roll_call(store, self.rank, self.world_size, is_late));
+        let missing = self.store.take().map(|store| roll_call(store, &self.prefix, (self.rank, self.world_size), is_late));
         let Some(missing) = missing.filter(|missing| is_late && !missing.is_empty()) else {
             return stopped(what).cause(error);
         };
@@ -198,12 +202,13 @@ impl Group {
 
 /// Tells the other ranks through the store that this one gives up. Where it `waits`, returns those that do not say so
 /// themselves: they are not waiting for anybody.
-fn roll_call(store: dist::Store, rank: usize, world_size: usize, waits: bool) -> Vec<usize> {
+fn roll_call(store: dist::Store, prefix: &str, (rank, world_size): (usize, usize), waits: bool) -> Vec<usize> {
     let (sender, answers) = mpsc::channel();
     let deadline = Instant::now() + ROLL_CALL;
+    let prefix = prefix.to_owned();
     // Where the process that serves the store is stopped, this never returns: it is left to the end of ours.
     std::thread::spawn(move || {
-        let key = |rank: usize| format!("gives up/{rank}");
+        let key = |rank: usize| format!("{prefix}/gives up/{rank}");
         let mut heard = BTreeSet::from([rank]);
         if store.set(&key(rank), &[]).is_err() {
             return;
@@ -230,6 +235,72 @@ fn roll_call(store: dist::Store, rank: usize, world_size: usize, waits: bool) ->
         None if waits && rank != 0 => vec![0],
         None => vec![],
     }
+}
+
+/// Waits at the store until every rank has come; rank 0 says who has not.
+fn wait_for_all(store: &dist::Store, prefix: &str, env: &WorkerEnv) -> Result<()> {
+    let (rank, world_size, timeout) = (env.rank, env.world_size, env.rendezvous.timeout);
+    let lost = |error| stopped("the ranks could not find each other").cause(error);
+    let (all_here, came) = (format!("{prefix}/all"), |rank| format!("{prefix}/rank/{rank}"));
+    if store.add(&format!("{prefix}/claim/{rank}"), 1).map_err(lost)? > 1 {
+        return Err(Error::config(format!("rank {rank} was started twice"))
+            .hint("each process of a group needs a `RANK` of its own, from 0 to `WORLD_SIZE` - 1"));
+    }
+    store.set(&came(rank), world_size.to_string().as_bytes()).map_err(lost)?;
+    if rank > 0 {
+        let word = store.get(&all_here, timeout + LAST_WORD).map_err(lost)?;
+        let _ = store.add(&format!("{prefix}/heard"), 1);
+        return if word.is_empty() { Ok(()) } else { Err(stopped(String::from_utf8_lossy(&word))) };
+    }
+    let started = Instant::now();
+    let (mut missing, mut of_others) = (vec![], vec![]);
+    for other in 1..world_size {
+        let left = timeout.saturating_sub(started.elapsed()).max(Duration::from_millis(1));
+        match store.get(&came(other), left) {
+            Ok(theirs) if theirs != world_size.to_string().as_bytes() => {
+                of_others.push(format!("rank {other} says {}", String::from_utf8_lossy(&theirs)));
+            }
+            Ok(_) => {}
+            Err(_) => missing.push(other),
+        }
+    }
+    let error = if !missing.is_empty() {
+        let (who, seconds) = (named(&missing), timeout.as_secs());
+        Error::run(format!("{who} of {world_size} did not come within {seconds} s")).hint(
+            "see why they were not started, or cannot reach `MASTER_ADDR`; `--rdzv-timeout` is how long ranks wait",
+        )
+    } else if !of_others.is_empty() {
+        let error = Error::config(format!("the ranks disagree on their number: rank 0 says {world_size}"));
+        of_others.iter().fold(error, Error::cause).hint("start every rank with the same `WORLD_SIZE`")
+    } else {
+        return store.set(&all_here, b"").map_err(lost);
+    };
+    // The store ends with this process: whoever came has to hear of it first.
+    store.set(&all_here, error.message.as_bytes()).map_err(lost)?;
+    let present = (world_size - 1 - missing.len()) as i64;
+    let said = Instant::now();
+    while said.elapsed() < LAST_WORD && store.add(&format!("{prefix}/heard"), 0).is_ok_and(|heard| heard < present) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Err(error)
+}
+
+fn unreached(env: &WorkerEnv, cause: &host_ffi::FfiError) -> Error {
+    let (addr, port, seconds) = (&env.master_addr, env.master_port, env.rendezvous.timeout.as_secs());
+    Error::new(Kind::Peer, format!("rank 0 could not be reached at `{addr}:{port}` within {seconds} s"))
+        .cause(cause)
+        .hint("see that it was started, and that `MASTER_ADDR` and `MASTER_PORT` are its own on every rank")
+}
+
+/// `rank 3`, `ranks 1, 3`.
+pub fn named(ranks: &[usize]) -> String {
+    let list = ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    format!("rank{} {list}", if ranks.len() == 1 { "" } else { "s" })
+}
+
+/// An error that says another rank is the cause: the launcher reports that rank's own error instead.
+fn lost_peer(what: &str, error: host_ffi::FfiError) -> Error {
+    stopped(what).cause(error)
 }
 
 /// A rank that has no mistake of its own: another rank reports the cause.

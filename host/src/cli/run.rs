@@ -40,6 +40,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     let flags = args.torchrun.notices()?;
+    let options = args.torchrun.options()?;
     let around = shipped::surroundings();
     let recipe = find_recipe(&args.recipe, &around);
     let config = shipped::load_config(&shipped::find_config(&args.config, &around), &args.overrides, &around);
@@ -59,11 +60,11 @@ pub fn run(args: &Args) -> Result<()> {
         ui::notices(&notices);
     }
     let nproc = args.torchrun.nproc(&plan)?;
-    if matches!(plan, Plan::Generate(_)) && nproc > 1 {
-        return Err(Error::config(format!("`generate` runs in one process, and {nproc} were asked for"))
-            .hint("leave `--nproc` out"));
+    let world_size = args.torchrun.world_size(nproc);
+    if matches!(plan, Plan::Generate(_)) && world_size > 1 {
+        return Err(Error::config(format!("`generate` runs in one process, and {world_size} were asked for"))
+            .hint("leave `--nproc` and `--nnodes` out"));
     }
-    let options = args.torchrun.options()?;
     if let (Some(dir), Some(model)) = (&options.logs.dir, plan.model()) {
         check::check_output(dir, &model.checkpoint_dir, "give another with `--log-dir FOLDER`")?;
     }

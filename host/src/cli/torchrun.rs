@@ -1,16 +1,22 @@
 //! torchrun's flags, every one: what it means here, that it changes nothing here, or why it cannot be obeyed.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::{Str, ValueParser};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
+use super::ui;
 use crate::config::plan::{DevicePlan, Plan};
 use crate::error::{Error, Result};
-use crate::launch::{LaunchOptions, Logs, Streams};
+use crate::launch::{Endpoint, LaunchOptions, Logs, NodesOptions, Streams};
 use crate::{doctor, machine};
 
 const HEADING: &str = "Flags of torchrun";
+/// torchrun's, where an endpoint names none.
+const ENDPOINT_PORT: u16 = 29400;
+/// torchrun's, where `--master-port` is not given.
+const MASTER_PORT: u16 = 29500;
 
 /// The flags that decide something.
 #[derive(Debug, clap::Args)]
@@ -20,13 +26,37 @@ pub struct Args {
         value_parser = Nproc::parse)]
     nproc: Nproc,
 
-    /// Where the workers meet
+    /// Where the workers of one machine meet
     #[arg(long, alias = "master_addr", value_name = "HOST")]
     master_addr: Option<String>,
 
     /// The port where the workers meet; any free one by default
     #[arg(long, alias = "master_port", value_name = "PORT")]
     master_port: Option<u16>,
+
+    /// Machines of the run, each with its own `host run`
+    #[arg(long, value_name = "N", default_value = "1", value_parser = parse_nnodes)]
+    nnodes: usize,
+
+    /// Which of the machines this is, from 0; ranks count on from there
+    #[arg(long, alias = "node_rank", value_name = "R")]
+    node_rank: Option<usize>,
+
+    /// Where the machines meet: a name or address of node 0, and a free port there (29400 if not given)
+    #[arg(long, alias = "rdzv_endpoint", value_name = "HOST:PORT")]
+    rdzv_endpoint: Option<String>,
+
+    /// A name of the run, the same on all machines, that keeps others out
+    #[arg(long, alias = "rdzv_id", value_name = "ID", default_value = "none", hide_default_value = true)]
+    rdzv_id: String,
+
+    /// How long machines and ranks wait for each other to come; 300 if not given
+    #[arg(long, alias = "rdzv_timeout", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    rdzv_timeout: Option<u64>,
+
+    /// How often all ranks are started again, from the newest checkpoint, after one of them or a machine was lost
+    #[arg(long, alias = "max_restarts", value_name = "K", default_value_t = 0, hide_default_value = true)]
+    max_restarts: usize,
 
     /// Writes what each worker prints to `DIR/rank_N/stdout.log` and `stderr.log` too
     #[arg(long, alias = "log_dir", value_name = "DIR", help_heading = HEADING)]
@@ -71,6 +101,19 @@ impl Nproc {
     }
 }
 
+/// torchrun takes a range, of which we can be only one number.
+fn parse_nnodes(text: &str) -> std::result::Result<usize, String> {
+    let number = |text: &str| text.parse().ok().filter(|count| (1..=1024).contains(count));
+    match text.split_once(':') {
+        None => number(text).ok_or("a number from 1 to 1024 is needed".to_owned()),
+        Some((fewest, most)) => match (number(fewest), number(most)) {
+            (Some(fewest), Some(most)) if fewest == most => Ok(most),
+            (Some(_), Some(_)) => Err("a run does not grow or shrink: give one number".to_owned()),
+            _ => Err("a number from 1 to 1024 is needed".to_owned()),
+        },
+    }
+}
+
 impl Args {
     /// How many workers there will be for `plan`. Looks for GPUs where it has to.
     pub fn nproc(&self, plan: &Plan) -> Result<usize> {
@@ -96,17 +139,42 @@ impl Args {
         }
     }
 
+    /// All ranks of the run, of which `nproc` are on this machine.
+    pub fn world_size(&self, nproc: usize) -> usize {
+        self.nnodes * nproc
+    }
+
     pub fn options(&self) -> Result<LaunchOptions> {
+        let endpoint = self.rdzv_endpoint.as_deref().filter(|_| !self.others.is_set("standalone"));
+        let endpoint = endpoint.map(parse_endpoint).transpose()?;
         let (mut master_addr, mut master_port) = (self.master_addr.clone(), self.master_port);
-        if let Some(endpoint) = self.others.text("rdzv-endpoint").filter(|_| !self.others.is_set("standalone")) {
-            let (addr, port) = endpoint.rsplit_once(':').unwrap_or((endpoint, "0"));
-            let port: u16 = port.parse().map_err(|_| {
-                Error::config(format!("`--rdzv-endpoint {endpoint}` is not HOST or HOST:PORT"))
-                    .hint("`localhost:29500`")
-            })?;
-            master_addr.get_or_insert_with(|| addr.to_owned());
-            master_port.get_or_insert(port);
-        }
+        let nodes = if self.nnodes > 1 {
+            let endpoint = match (endpoint, master_addr.take()) {
+                (Some((host, port)), _) => Endpoint { host, port: port.unwrap_or(ENDPOINT_PORT) },
+                // With these alone, torchrun's machines meet there too.
+                (None, Some(host)) => Endpoint { host, port: master_port.take().unwrap_or(MASTER_PORT) },
+                (None, None) => {
+                    return Err(Error::config(format!(
+                        "`--nnodes {}` needs to know where the machines meet",
+                        self.nnodes
+                    ))
+                    .hint("`--rdzv-endpoint HOST:PORT`: a name or address of node 0 and a free port there"));
+                }
+            };
+            Some(NodesOptions {
+                num_nodes: self.nnodes,
+                node_rank: self.own_node_rank()?,
+                endpoint,
+                run_id: self.rdzv_id.clone(),
+            })
+        } else {
+            self.own_node_rank()?;
+            if let Some((host, port)) = endpoint {
+                master_addr.get_or_insert(host);
+                master_port.get_or_insert(port.unwrap_or(0));
+            }
+            None
+        };
         let logs = Logs {
             dir: self.log_dir.clone(),
             redirects: self.redirects.clone().unwrap_or_default(),
@@ -116,7 +184,32 @@ impl Args {
             },
             shown: self.local_ranks_filter.clone(),
         };
-        Ok(LaunchOptions { master_addr, master_port, logs })
+        let rdzv_timeout = match self.rdzv_timeout {
+            Some(seconds) => Some(seconds),
+            None => self.others.text("rdzv-conf").map(conf_timeout).transpose()?.flatten(),
+        };
+        Ok(LaunchOptions {
+            nodes,
+            master_addr,
+            master_port,
+            max_restarts: self.max_restarts,
+            rdzv_timeout: rdzv_timeout.map(Duration::from_secs),
+            logs,
+            say: Some(ui::say),
+        })
+    }
+
+    fn own_node_rank(&self) -> Result<usize> {
+        match (self.node_rank, self.nnodes) {
+            (Some(rank), count) if rank < count => Ok(rank),
+            (Some(rank), 1) if rank > 0 => Err(Error::config(format!("`--node-rank {rank}` of one machine"))
+                .hint("`--nnodes` says how many there are")),
+            (Some(rank), count) => Err(Error::config(format!("there is no node {rank} of `--nnodes {count}`"))
+                .hint(format!("`--node-rank` counts from 0 to {}", count - 1))),
+            (None, 1) => Ok(0),
+            (None, count) => Err(Error::config(format!("`--nnodes {count}` needs to know which of them this is"))
+                .hint(format!("`--node-rank`, from 0 at the rendezvous endpoint to {}", count - 1))),
+        }
     }
 
     /// What to know about flags that change nothing; an error for those that cannot be obeyed.
@@ -136,6 +229,31 @@ impl Args {
             }
         }
         Error::all(errors).map_or(Ok(notices), Err)
+    }
+}
+
+/// `HOST` or `HOST:PORT`; an IPv6 address stands in brackets.
+fn parse_endpoint(text: &str) -> Result<(String, Option<u16>)> {
+    let wrong =
+        || Error::config(format!("`--rdzv-endpoint {text}` is not HOST or HOST:PORT")).hint("`localhost:29500`");
+    let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((host, rest)) => (host, rest.strip_prefix(':').or((!rest.is_empty()).then_some(rest))),
+        None => text.rsplit_once(':').map_or((text, None), |(host, port)| (host, Some(port))),
+    };
+    let port = port.map(str::parse).transpose().map_err(|_| wrong())?;
+    if host.is_empty() { Err(wrong()) } else { Ok((host.to_owned(), port)) }
+}
+
+/// The seconds in torchrun's `--rdzv-conf timeout=900,…`; c10d calls them `join_timeout`.
+fn conf_timeout(text: &str) -> Result<Option<u64>> {
+    let mut pairs = text.split(',').filter_map(|pair| pair.split_once('='));
+    let given = pairs.rfind(|(key, _)| ["timeout", "join_timeout"].contains(&key.trim()));
+    let seconds = given.map(|(_, value)| value.trim().parse().ok().filter(|seconds| (1..=86_400).contains(seconds)));
+    match seconds {
+        Some(None) => {
+            Err(Error::config(format!("`--rdzv-conf {text}` has no seconds")).hint("`--rdzv-conf timeout=300`"))
+        }
+        seconds => Ok(seconds.flatten()),
     }
 }
 
@@ -168,24 +286,18 @@ const fn refused(name: &'static str, takes_value: bool, why: &'static str) -> Fl
     flag(name, takes_value, Class::Fixed { values: &[], why })
 }
 
-const ONE_MACHINE: &str = "a run is on one machine so far";
 const NO_PYTHON: &str = "a recipe is a .wasm or .rhai file, not Python";
 const NO_FILTERS: &str = "the workers' output is not filtered; `grep` the files of `--log-dir`";
 
 const FLAGS: &[Flag] = &[
-    flag("rdzv-endpoint", true, Class::Read),
     flag("standalone", false, Class::Read),
-    flag("nnodes", true, Class::Fixed { values: &["1", "1:1"], why: ONE_MACHINE }),
-    flag("node-rank", true, Class::Fixed { values: &["0"], why: ONE_MACHINE }),
+    flag("rdzv-conf", true, Class::Read),
     flag(
-        "max-restarts",
+        "rdzv-backend",
         true,
-        Class::Fixed { values: &["0"], why: "a run that failed goes on with `resume_from_checkpoint=True`" },
+        Class::Fixed { values: &["c10d", "static"], why: "machines meet at node 0, and need no server besides" },
     ),
-    flag("rdzv-backend", true, Class::Satisfied("workers of one machine meet at the first one's port")),
-    flag("rdzv-id", true, Class::Satisfied("each run has a port of its own")),
-    flag("rdzv-conf", true, Class::Satisfied("workers of one machine meet at the first one's port")),
-    flag("local-addr", true, Class::Satisfied("workers of one machine meet at the first one's port")),
+    flag("local-addr", true, Class::Satisfied("a machine is known by the address it reaches node 0 from")),
     flag("monitor-interval", true, Class::Satisfied("a worker's end is seen at once")),
     flag("start-method", true, Class::Satisfied("a worker is a process")),
     flag("role", true, Class::Satisfied("all workers have the same role")),
@@ -222,7 +334,7 @@ impl clap::Args for Others {
         FLAGS.iter().fold(command, |command, flag| {
             let underscored: Str = flag.name.replace('-', "_").into();
             let help = match flag.class {
-                Class::Read if flag.takes_value => "Where the workers meet, as HOST:PORT".to_owned(),
+                Class::Read if flag.takes_value => "Of `timeout=SECONDS`: what `--rdzv-timeout` says".to_owned(),
                 Class::Read => "Ignores `--rdzv-endpoint`".to_owned(),
                 Class::Satisfied(why) => format!("Changes nothing: {why}"),
                 Class::Fixed { values: [], why } => format!("Refused: {why}"),

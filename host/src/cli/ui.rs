@@ -29,6 +29,11 @@ pub fn notices(notices: &[Notice]) {
     }
 }
 
+/// What happens to a run, a line at a time.
+pub fn say(text: &str) {
+    talk(text);
+}
+
 fn talk(text: &str) {
     // There is nowhere left to say that stderr is closed.
     let _ = writeln!(anstream::stderr().lock(), "{text}");

@@ -8,30 +8,50 @@
 //! program. A Ctrl-C then reaches a worker twice, once forwarded; a worker's handler only sets a flag, so it counts once.
 
 mod logs;
+mod nodes;
 mod ranks;
 mod verdict;
 
 use std::ffi::OsString;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::config::plan::Plan;
-use crate::error::{Error, IoContext, Result};
-use crate::worker::{GroupVars, RANK, WORLD_SIZE, WorkerEnv};
-use crate::{libtorch, machine};
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::worker::{GroupVars, RANK, Rendezvous, WORLD_SIZE, WorkerEnv, since_epoch};
+use crate::{libtorch, machine, saved};
 
 pub use logs::{Logs, Streams};
+pub use nodes::Endpoint;
+use nodes::{Checkpoint, Hello, Next, Nodes, Outcome, Place, Round};
+use ranks::Requests;
 
-/// What the command line says about how ranks meet, and where their output goes.
+/// What the command line says about how ranks meet, what becomes of them, and where their output goes.
 #[derive(Clone, Debug, Default)]
 pub struct LaunchOptions {
+    /// `None`: all ranks are on this machine.
+    pub nodes: Option<NodesOptions>,
     pub master_addr: Option<String>,
     /// `None`, or 0: any free port.
     pub master_port: Option<u16>,
+    pub max_restarts: usize,
+    /// How long nodes and ranks wait for each other to come.
+    pub rdzv_timeout: Option<Duration>,
     pub logs: Logs,
+    /// Tells whoever started the run what happens to it.
+    pub say: Option<fn(&str)>,
+}
+
+/// Several machines, each with a launcher.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodesOptions {
+    pub num_nodes: usize,
+    pub node_rank: usize,
+    pub endpoint: Endpoint,
+    pub run_id: String,
 }
 
 /// Runs `plan` on `nproc` workers here, or as the one worker that an environment with `RANK` and `WORLD_SIZE` asks for.
@@ -39,7 +59,31 @@ pub fn run(plan: &Plan, nproc: usize, opts: &LaunchOptions) -> Result<()> {
     let group = Group::resolve(|name| std::env::var_os(name), nproc, opts)?;
     let worker = worker_path()?;
     let libtorch_lib = libtorch::find()?.lib_dir;
-    Launcher { worker, libtorch_lib, group, logs: opts.logs.clone() }.run(plan)
+    let say = opts.say.unwrap_or(|_| ());
+    Launcher { worker, libtorch_lib, group, logs: opts.logs.clone(), say }.run(plan.clone())
+}
+
+/// What workers read.
+trait Job: Serialize {
+    /// Where checkpoints go, of a job that writes any.
+    fn output_dir(&self) -> Option<&Path>;
+
+    fn go_on_from(&mut self, checkpoint: PathBuf);
+}
+
+impl Job for Plan {
+    fn output_dir(&self) -> Option<&Path> {
+        match self {
+            Plan::Train(plan) => Some(&plan.checkpoint.output_dir),
+            Plan::Generate(_) | Plan::Preview(_) | Plan::Check(_) | Plan::Test(_) => None,
+        }
+    }
+
+    fn go_on_from(&mut self, checkpoint: PathBuf) {
+        if let Plan::Train(plan) = self {
+            (plan.checkpoint.resume, plan.checkpoint.resume_from) = (true, Some(checkpoint));
+        }
+    }
 }
 
 /// Where `host-rank` has to be: beside this program.
@@ -66,25 +110,28 @@ pub(crate) fn set_library_path(command: &mut Command, libtorch_lib: &Path) {
     command.env(NAME, paths);
 }
 
-/// The ranks this launcher starts, and the group they belong to.
+/// The ranks this launcher starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Group {
-    /// The first rank and local rank started here; the others follow.
-    first: GroupVars,
-    count: usize,
+enum Group {
+    /// One, in a group that somebody else starts.
+    Joined(GroupVars, Rendezvous),
+    /// Those of a node.
+    Own(Place),
 }
 
 impl Group {
     fn resolve(var: impl Fn(&str) -> Option<OsString>, nproc: usize, opts: &LaunchOptions) -> Result<Self> {
-        let LaunchOptions { master_addr, master_port, logs: _ } = opts;
-        if let Some(first) = GroupVars::read(&var)? {
+        let LaunchOptions { nodes, master_addr, master_port, max_restarts, rdzv_timeout, logs: _, say: _ } = opts;
+        if let Some(vars) = GroupVars::read(&var)? {
             let given = [
                 (nproc > 1).then(|| format!("--nproc {nproc}")),
+                nodes.as_ref().map(|nodes| format!("--nnodes {}", nodes.num_nodes)),
+                (*max_restarts > 0).then(|| format!("--max-restarts {max_restarts}")),
                 master_addr.as_ref().map(|addr| format!("--master-addr {addr}")),
                 master_port.map(|port| format!("--master-port {port}")),
             ];
             if let Some(flag) = given.into_iter().flatten().next() {
-                let GroupVars { rank, world_size, .. } = first;
+                let GroupVars { rank, world_size, .. } = vars;
                 return Err(Error::config(format!(
                     "`{flag}` contradicts the environment, which says `{RANK}={rank}` of `{WORLD_SIZE}={world_size}`"
                 ))
@@ -92,37 +139,29 @@ impl Group {
                     "drop the flag to join that group, or unset `{RANK}` and `{WORLD_SIZE}` to start your own"
                 )));
             }
-            return Ok(Self { first, count: 1 });
+            let rendezvous = Rendezvous::read(&var)?;
+            let timeout = rdzv_timeout.unwrap_or(rendezvous.timeout);
+            return Ok(Self::Joined(vars, Rendezvous { timeout, ..rendezvous }));
         }
         if nproc == 0 {
             return Err(Error::config("`--nproc 0` starts no process").hint("give at least 1"));
         }
-        let mut first = GroupVars { world_size: nproc, local_world_size: nproc, ..GroupVars::default() };
-        if let Some(addr) = master_addr {
-            first.master_addr = addr.clone();
-        }
-        first.master_port = claim_port(master_port.unwrap_or(0))?;
-        Ok(Self { first, count: nproc })
-    }
-}
-
-/// Returns `port` if rank 0 can listen on it, for 0 any free one.
-fn claim_port(port: u16) -> Result<u16> {
-    let anywhere = |ip| TcpListener::bind(SocketAddr::new(ip, port)).and_then(|listener| listener.local_addr());
-    // `::` takes IPv4 too, as rank 0's store does; a machine without IPv6 has only the second.
-    let bound = anywhere(Ipv6Addr::UNSPECIFIED.into()).or_else(|error| match error.kind() {
-        std::io::ErrorKind::AddrInUse | std::io::ErrorKind::PermissionDenied => Err(error),
-        _ => anywhere(Ipv4Addr::UNSPECIFIED.into()),
-    });
-    bound.map(|address| address.port()).map_err(|error| {
-        let what = match error.kind() {
-            std::io::ErrorKind::AddrInUse => format!("port {port} is in use"),
-            _ => format!("port {port} cannot be opened"),
+        let me = Hello {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            run_id: nodes.as_ref().map_or_else(String::new, |nodes| nodes.run_id.clone()),
+            num_nodes: nodes.as_ref().map_or(1, |nodes| nodes.num_nodes),
+            node_rank: nodes.as_ref().map_or(0, |nodes| nodes.node_rank),
+            nproc,
+            max_restarts: *max_restarts,
         };
-        Error::config(format!("{what}, and rank 0 needs it for the ranks to meet (`--master-port`)"))
-            .cause(error)
-            .hint("leave `--master-port` out to take a free one, or name another")
-    })
+        Ok(Self::Own(Place {
+            me,
+            endpoint: nodes.as_ref().map(|nodes| nodes.endpoint.clone()),
+            master_addr: master_addr.clone().unwrap_or_else(|| GroupVars::default().master_addr),
+            master_port: master_port.unwrap_or(0),
+            timeout: rdzv_timeout.unwrap_or(Rendezvous::default().timeout),
+        }))
+    }
 }
 
 struct Launcher {
@@ -130,35 +169,148 @@ struct Launcher {
     libtorch_lib: PathBuf,
     group: Group,
     logs: Logs,
+    say: fn(&str),
 }
 
 impl Launcher {
-    /// Generic in what the worker reads, so that tests need no whole plan.
-    fn run(&self, plan: &impl Serialize) -> Result<()> {
+    fn run(&self, mut job: impl Job) -> Result<()> {
+        let mut requests = Requests::listen()?;
+        let place = match &self.group {
+            Group::Joined(vars, rendezvous) => {
+                let outcome = self.start_and_wait(&job, vars, rendezvous, 1, &mut requests, || false);
+                return outcome.error.map_or(Ok(()), |mut error| {
+                    if vars.world_size > 1 && error.kind != Kind::Interrupted {
+                        error.rank.get_or_insert(vars.rank);
+                    }
+                    Err(error)
+                });
+            }
+            Group::Own(place) => place,
+        };
+        let began = since_epoch().as_nanos();
+        let mut nodes = Nodes::open(place, self.say)?;
+        let mut round = nodes.meet(&mut requests)?;
+        loop {
+            let outcome = self.round(&mut job, place, &round, &mut requests, &mut nodes);
+            // What a run before this one has left in the folder is not ours to go on from.
+            let newest = || {
+                let saved = saved::existing(job.output_dir()?).ok()?.pop().filter(|saved| saved.at >= began)?;
+                Some(Checkpoint { name: saved.path.file_name()?.to_str()?.to_owned(), step: saved.step })
+            };
+            match nodes.settle(outcome, &mut requests, newest) {
+                Next::End(result) => return result,
+                Next::Restart(why) => {
+                    round = nodes.meet(&mut requests).map_err(|error| match error.kind {
+                        Kind::Interrupted => error,
+                        _ => error.cause(format!("they were to start again, after this: {}", one_line(&why))),
+                    })?;
+                    let (attempt, all) = (round.attempt, place.me.max_restarts);
+                    let from = match &round.checkpoint {
+                        Some(Checkpoint { name, step }) => format!("from step {step} (`{name}`)"),
+                        None => "from the start, as nothing was saved".to_owned(),
+                    };
+                    (self.say)(&format!("restart {attempt} of {all}, {from}: {}", one_line(&why)));
+                }
+            }
+        }
+    }
+
+    /// Starts the ranks of this node once, and waits for their end.
+    fn round(
+        &self,
+        job: &mut impl Job,
+        place: &Place,
+        round: &Round,
+        requests: &mut Requests,
+        nodes: &mut Nodes,
+    ) -> Outcome {
+        let Round { attempt, master_addr, master_port, checkpoint } = round;
+        if let (Some(Checkpoint { name, .. }), Some(output_dir)) = (checkpoint, job.output_dir()) {
+            let folder = output_dir.join(name);
+            if !folder.exists() {
+                let error = Error::config(format!("the checkpoint to go on from, `{}`, is not here", folder.display()))
+                    .hint("nodes of one run need an output folder that all of them see, on a disk they share");
+                return Outcome { error: Some(error), agreed: false, asked: false };
+            }
+            job.go_on_from(folder);
+        }
+        let Hello { num_nodes, node_rank, nproc, .. } = place.me;
+        let vars = GroupVars {
+            rank: node_rank * nproc,
+            local_rank: 0,
+            world_size: num_nodes * nproc,
+            local_world_size: nproc,
+            master_addr: master_addr.clone(),
+            master_port: *master_port,
+        };
+        let rendezvous = Rendezvous { attempt: *attempt, timeout: place.timeout, has_store: false };
+        self.start_and_wait(job, &vars, &rendezvous, nproc, requests, || nodes.must_stop())
+    }
+
+    fn start_and_wait(
+        &self,
+        job: &impl Job,
+        first: &GroupVars,
+        rendezvous: &Rendezvous,
+        count: usize,
+        requests: &mut Requests,
+        mut must_stop: impl FnMut() -> bool,
+    ) -> Outcome {
+        let mut for_others = false;
+        let ended = self.start(job, first, rendezvous, count).map(|ranks| {
+            // The folder has to be there until they have ended.
+            let (_folder, ranks) = ranks;
+            ranks.wait(requests, || {
+                for_others |= must_stop();
+                for_others
+            })
+        });
+        let asked = requests.asked();
+        let ended = match ended {
+            Ok(ended) => ended,
+            Err(error) => return Outcome { error: Some(error), agreed: false, asked },
+        };
+        let agreed = ended.iter().all(ranks::Ended::by_agreement);
+        let error = verdict::of(ended, asked).err().map(|error| match error.kind {
+            // Nobody asked, so it was us, for the others.
+            Kind::Interrupted if for_others && !asked => {
+                Error::new(Kind::Peer, "stopped because of a rank of another node")
+            }
+            _ => error,
+        });
+        Outcome { error, agreed, asked }
+    }
+
+    /// Starts `count` workers, the first as `first`. What they read is there as long as the folder.
+    fn start(
+        &self,
+        job: &impl Job,
+        first: &GroupVars,
+        rendezvous: &Rendezvous,
+        count: usize,
+    ) -> Result<(tempfile::TempDir, ranks::Ranks)> {
         let folder = tempfile::Builder::new()
             .prefix("host-run-")
             .tempdir()
             .path_context("create a folder in", std::env::temp_dir())?;
         let plan_path = folder.path().join("plan.json");
-        let text = serde_json::to_vec(plan).map_err(|error| Error::bug("the plan is not JSON").cause(error))?;
+        let text = serde_json::to_vec(job).map_err(|error| Error::bug("the plan is not JSON").cause(error))?;
         std::fs::write(&plan_path, text).path_context("write", &plan_path)?;
 
-        let mut ranks = ranks::Ranks::new()?;
-        for index in 0..self.group.count {
-            let env = self.worker_env(index, folder.path());
+        let mut ranks = ranks::Ranks::new();
+        for index in 0..count {
+            let env = self.worker_env(first, rendezvous, index, folder.path());
             let mut command = self.command(&env, &plan_path);
-            let outputs = ranks::Outputs::open(&self.logs, &env, index == 0)?;
+            let outputs = ranks::Outputs::open(&self.logs, &env, index == 0 && (env.rank == 0 || count == 1))?;
             ranks.start(&env, &mut command, outputs).map_err(|error| {
                 Error::run(format!("cannot start the worker of rank {}, `{}`", env.rank, self.worker.display()))
                     .cause(error)
             })?;
         }
-        let (ended, asked_to_stop) = ranks.wait();
-        verdict::of(ended, asked_to_stop, self.group.first.world_size)
+        Ok((folder, ranks))
     }
 
-    fn worker_env(&self, index: usize, folder: &Path) -> WorkerEnv {
-        let first = &self.group.first;
+    fn worker_env(&self, first: &GroupVars, rendezvous: &Rendezvous, index: usize, folder: &Path) -> WorkerEnv {
         let rank = first.rank + index;
         WorkerEnv {
             rank,
@@ -167,6 +319,7 @@ impl Launcher {
             local_world_size: first.local_world_size,
             master_addr: first.master_addr.clone(),
             master_port: first.master_port,
+            rendezvous: rendezvous.clone(),
             libtorch_lib: self.libtorch_lib.clone(),
             report: Some(folder.join(format!("rank{rank}.json"))),
         }
@@ -188,6 +341,12 @@ impl Launcher {
         }
         command
     }
+}
+
+/// An error as part of a line.
+fn one_line(error: &Error) -> String {
+    let rank = error.rank.map(|rank| format!(" (rank {rank})")).unwrap_or_default();
+    format!("{}{rank}", error.message)
 }
 
 #[cfg(test)]

@@ -28,6 +28,51 @@ const LAST_WAIT: Duration = Duration::from_secs(3);
 const SAME_KEYSTROKE: Duration = Duration::from_secs(1);
 /// For the last lines of ended workers, which a grandchild can keep from ending.
 const LAST_LINES: Duration = Duration::from_millis(500);
+/// From a rank's death to the end of all, with some time to spare.
+pub(super) const LONGEST_STOP: Duration = Duration::from_secs(10);
+
+/// What somebody asks of this launcher with signals, for as long as the run lasts.
+pub(super) struct Requests {
+    signals: Signals,
+    first: Option<Instant>,
+}
+
+/// What to do about a signal.
+enum Request {
+    Stop(Signal),
+    Kill,
+}
+
+impl Requests {
+    /// Takes over SIGINT and SIGTERM; do it before the first worker starts, so that none outlives a signal.
+    pub fn listen() -> Result<Self> {
+        let signals = Signals::new([SIGINT, SIGTERM])
+            .map_err(|error| Error::run("cannot install a signal handler").cause(error))?;
+        Ok(Self { signals, first: None })
+    }
+
+    fn arrived(&mut self) -> Vec<Request> {
+        let mut requests = vec![];
+        for signal in self.signals.pending() {
+            match self.first {
+                None => {
+                    self.first = Some(Instant::now());
+                    requests.push(Request::Stop(if signal == SIGINT { Signal::INT } else { Signal::TERM }));
+                }
+                // A scheduler repeats SIGTERM before it kills; only a person at the keyboard means "now".
+                Some(first) if signal == SIGINT && first.elapsed() > SAME_KEYSTROKE => requests.push(Request::Kill),
+                Some(_) => {}
+            }
+        }
+        requests
+    }
+
+    /// Whether somebody asked for a stop; for times at which no worker runs.
+    pub fn asked(&mut self) -> bool {
+        self.arrived();
+        self.first.is_some()
+    }
+}
 
 /// How one rank ended.
 #[derive(Debug)]
@@ -42,6 +87,17 @@ pub(super) struct Ended {
     pub poll: u64,
     /// The signals we sent before it ended.
     pub sent: Vec<Signal>,
+}
+
+impl Ended {
+    /// 0 and 130 are ends that all ranks come to together, some later than others.
+    pub fn by_agreement(&self) -> bool {
+        self.status.is_some_and(is_agreed)
+    }
+}
+
+fn is_agreed(status: ExitStatus) -> bool {
+    matches!(status.code(), Some(0 | 130))
 }
 
 struct Worker {
@@ -92,28 +148,14 @@ pub(super) struct Ranks {
     running: Vec<Worker>,
     ended: Vec<Ended>,
     forwarders: Vec<JoinHandle<()>>,
-    signals: Signals,
     polls: u64,
-    first_signal: Option<Instant>,
     stop_at: Option<Instant>,
     kill_at: Option<Instant>,
 }
 
 impl Ranks {
-    /// Takes over SIGINT and SIGTERM; do it before the first worker starts, so that none outlives a signal.
-    pub fn new() -> Result<Self> {
-        let signals = Signals::new([SIGINT, SIGTERM])
-            .map_err(|error| Error::run("cannot install a signal handler").cause(error))?;
-        Ok(Self {
-            running: vec![],
-            ended: vec![],
-            forwarders: vec![],
-            signals,
-            polls: 0,
-            first_signal: None,
-            stop_at: None,
-            kill_at: None,
-        })
+    pub fn new() -> Self {
+        Self { running: vec![], ended: vec![], forwarders: vec![], polls: 0, stop_at: None, kill_at: None }
     }
 
     /// Starts one worker.
@@ -133,11 +175,14 @@ impl Ranks {
         Ok(())
     }
 
-    /// Waits until every worker has ended. Returns whether we were asked to stop, too.
-    pub fn wait(mut self) -> (Vec<Ended>, bool) {
+    /// Waits until every worker has ended. `must_stop` says when they have to because of others.
+    pub fn wait(mut self, requests: &mut Requests, mut must_stop: impl FnMut() -> bool) -> Vec<Ended> {
         while !self.running.is_empty() {
-            self.pass_on_signals();
+            self.pass_on(requests);
             self.reap();
+            if self.kill_at.is_none() && must_stop() {
+                self.stop_soon();
+            }
             if !self.end_by_deadline() {
                 break;
             }
@@ -147,26 +192,25 @@ impl Ranks {
         }
         self.finish_lines();
         // A terminal's signal may have ended the workers before we heard of it.
-        self.pass_on_signals();
-        (std::mem::take(&mut self.ended), self.first_signal.is_some())
+        self.pass_on(requests);
+        std::mem::take(&mut self.ended)
     }
 
-    fn pass_on_signals(&mut self) {
-        let arrived: Vec<i32> = self.signals.pending().collect();
-        for signal in arrived {
-            match self.first_signal {
-                None => {
-                    self.first_signal = Some(Instant::now());
-                    self.send_all(if signal == SIGINT { Signal::INT } else { Signal::TERM });
-                }
-                // A scheduler repeats SIGTERM before it kills; only a person at the keyboard means "now".
-                Some(first) if signal == SIGINT && first.elapsed() > SAME_KEYSTROKE => {
+    fn pass_on(&mut self, requests: &mut Requests) {
+        for request in requests.arrived() {
+            match request {
+                Request::Stop(signal) => self.send_all(signal),
+                Request::Kill => {
                     self.send_all(Signal::KILL);
                     self.kill_at.get_or_insert(Instant::now());
                 }
-                Some(_) => {}
             }
         }
+    }
+
+    fn stop_soon(&mut self) {
+        let stop_at = Instant::now() + SAME_MISTAKE;
+        (self.stop_at, self.kill_at) = (Some(stop_at), Some(stop_at + GRACE));
     }
 
     fn reap(&mut self) {
@@ -176,8 +220,7 @@ impl Ranks {
             match worker.child.try_wait() {
                 Ok(None) => self.running.push(worker),
                 Ok(Some(status)) => {
-                    // 0 and 130 are ends that all ranks come to together, some later than others.
-                    lost_one |= !matches!(status.code(), Some(0 | 130));
+                    lost_one |= !is_agreed(status);
                     self.ended.push(worker.ended(Some(status), self.polls));
                 }
                 // Only a child that somebody else reaped cannot be waited for.
@@ -188,8 +231,7 @@ impl Ranks {
             }
         }
         if lost_one && self.kill_at.is_none() {
-            let stop_at = Instant::now() + SAME_MISTAKE;
-            (self.stop_at, self.kill_at) = (Some(stop_at), Some(stop_at + GRACE));
+            self.stop_soon();
         }
     }
 

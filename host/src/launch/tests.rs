@@ -41,12 +41,16 @@ impl Stage {
     }
 
     fn launcher(&self, nproc: usize) -> Launcher {
-        let group = Group::resolve(|_| None, nproc, &LaunchOptions::default()).unwrap();
-        Launcher { worker: self.path("worker"), libtorch_lib: "/opt/torch/lib".into(), group, logs: Logs::default() }
+        self.launcher_with(nproc, &LaunchOptions::default())
+    }
+
+    fn launcher_with(&self, nproc: usize, options: &LaunchOptions) -> Launcher {
+        let group = Group::resolve(|_| None, nproc, options).unwrap();
+        launcher(self.path("worker"), group)
     }
 
     fn run(&self, nproc: usize) -> Result<()> {
-        self.launcher(nproc).run(&serde_json::json!({ "steps": 2 }))
+        self.launcher(nproc).run(serde_json::json!({ "steps": 2 }))
     }
 
     fn error(&self, nproc: usize) -> Error {
@@ -71,11 +75,16 @@ impl Stage {
 
     /// Runs a launcher in a process of its own, for signals to be sent to; see [`a_launcher_by_itself`].
     fn launcher_process(&self, nproc: usize) -> Child {
+        self.launcher_process_with(nproc, 0)
+    }
+
+    fn launcher_process_with(&self, nproc: usize, max_restarts: usize) -> Child {
         let program = std::env::current_exe().unwrap();
         let child = Command::new(program)
             .args(["--exact", "launch::tests::a_launcher_by_itself", "--ignored", "--nocapture", "--quiet"])
             .env("HOST_TEST_STAGE", self.0.path())
             .env("HOST_TEST_NPROC", nproc.to_string())
+            .env("HOST_TEST_MAX_RESTARTS", max_restarts.to_string())
             .process_group(0)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -83,6 +92,21 @@ impl Stage {
             .unwrap();
         wait_for("all ranks", || (0..nproc).all(|rank| self.pid(rank).is_some()));
         child
+    }
+}
+
+fn launcher(worker: PathBuf, group: Group) -> Launcher {
+    let libtorch_lib = "/opt/torch/lib".into();
+    Launcher { worker, libtorch_lib, group, logs: Logs::default(), say: |line| eprintln!("{line}") }
+}
+
+impl Job for serde_json::Value {
+    fn output_dir(&self) -> Option<&Path> {
+        self["output_dir"].as_str().map(Path::new)
+    }
+
+    fn go_on_from(&mut self, checkpoint: PathBuf) {
+        self["checkpoint"] = checkpoint.to_str().into();
     }
 }
 
@@ -105,13 +129,12 @@ fn wait_for(what: &str, done: impl Fn() -> bool) {
 #[test]
 #[ignore = "started by other tests"]
 fn a_launcher_by_itself() {
-    let (Some(folder), Ok(nproc)) = (std::env::var_os("HOST_TEST_STAGE"), std::env::var("HOST_TEST_NPROC")) else {
-        return;
-    };
-    let group = Group::resolve(|_| None, nproc.parse().unwrap(), &LaunchOptions::default()).unwrap();
+    let Some(folder) = std::env::var_os("HOST_TEST_STAGE") else { return };
+    let number = |name: &str| std::env::var(name).unwrap().parse().unwrap();
+    let options = LaunchOptions { max_restarts: number("HOST_TEST_MAX_RESTARTS"), ..LaunchOptions::default() };
+    let group = Group::resolve(|_| None, number("HOST_TEST_NPROC"), &options).unwrap();
     let worker = Path::new(&folder).join("worker");
-    let result = Launcher { worker, libtorch_lib: "/opt/torch/lib".into(), group, logs: Logs::default() }
-        .run(&serde_json::json!({}));
+    let result = launcher(worker, group).run(serde_json::json!({}));
     let code = result.as_ref().err().map_or(0, Error::exit_code);
     if let Err(error) = result {
         eprintln!("{error}");
@@ -178,14 +201,14 @@ fn output_goes_to_the_files_that_were_asked_for() {
     let streams = |text: &str| text.parse::<Streams>().unwrap();
     let dir = Some(stage.path("logs"));
     launcher.logs = Logs { dir, redirects: streams("0:1"), tee: streams("1:3"), shown: vec![0] };
-    launcher.run(&serde_json::json!({})).unwrap();
+    launcher.run(serde_json::json!({})).unwrap();
     let read = |name: &str| std::fs::read_to_string(stage.path("logs").join(name)).ok();
     assert_eq!(read("rank_0/stdout.log").as_deref(), Some("out 0\n"));
     assert_eq!(read("rank_1/stdout.log").as_deref(), Some("out 1\n"));
     assert_eq!(read("rank_1/stderr.log").as_deref(), Some("err 1\n"));
     assert_eq!((read("rank_0/stderr.log"), read("rank_2/stdout.log")), (None, None));
     launcher.logs = Logs { dir: Some("/proc/nowhere".into()), tee: Streams::ALL, ..Logs::default() };
-    let error = launcher.run(&serde_json::json!({})).unwrap_err();
+    let error = launcher.run(serde_json::json!({})).unwrap_err();
     assert!(error.message.contains("/proc/nowhere/rank_0"), "{error}");
 }
 
@@ -344,17 +367,20 @@ fn workers_die_with_a_killed_launcher() {
 
 #[test]
 fn a_port_in_use_is_an_error_before_workers_start() {
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
-    let options = LaunchOptions { master_addr: None, master_port: Some(port), ..LaunchOptions::default() };
-    let error = Group::resolve(|_| None, 2, &options).unwrap_err();
+    let stage = Stage::new("ready; echo $MASTER_PORT > \"$DIR/port\"");
+    let options = LaunchOptions { master_port: Some(port), ..LaunchOptions::default() };
+    let run = || stage.launcher_with(1, &options).run(serde_json::json!({}));
+    let error = run().unwrap_err();
     assert_eq!(
         error.message,
         format!("port {port} is in use, and rank 0 needs it for the ranks to meet (`--master-port`)")
     );
     assert_eq!(error.exit_code(), 2);
     drop(taken);
-    assert_eq!(Group::resolve(|_| None, 2, &options).unwrap().first.master_port, port);
+    run().unwrap();
+    assert_eq!(std::fs::read_to_string(stage.path("port")).unwrap().trim(), port.to_string());
 }
 
 #[test]
@@ -367,19 +393,93 @@ fn an_environment_with_a_rank_is_joined_by_one_worker() {
             "LOCAL_WORLD_SIZE" => "4",
             "MASTER_ADDR" => "node0",
             "MASTER_PORT" => "29500",
+            "TORCHELASTIC_RESTART_COUNT" => "2",
+            "TORCHELASTIC_USE_AGENT_STORE" => "True",
             _ => return None,
         };
         Some(OsString::from(value))
     };
     let group = Group::resolve(var, 1, &LaunchOptions::default()).unwrap();
-    let launcher = Launcher { worker: "worker".into(), libtorch_lib: "lib".into(), group, logs: Logs::default() };
-    assert_eq!(launcher.group.count, 1);
-    let env = launcher.worker_env(0, Path::new("reports"));
+    let Group::Joined(vars, rendezvous) = &group else { panic!("{group:?}") };
+    assert_eq!((rendezvous.attempt, rendezvous.has_store), (2, true));
+    let env = launcher("worker".into(), group.clone()).worker_env(vars, rendezvous, 0, Path::new("reports"));
     assert_eq!((env.rank, env.local_rank, env.world_size, env.local_world_size), (5, 1, 8, 4));
     assert_eq!((env.master_addr.as_str(), env.master_port), ("node0", 29500));
 
-    let error = Group::resolve(var, 2, &LaunchOptions::default()).unwrap_err();
-    assert_eq!(error.message, "`--nproc 2` contradicts the environment, which says `RANK=5` of `WORLD_SIZE=8`");
-    let options = LaunchOptions { master_addr: None, master_port: Some(1234), ..LaunchOptions::default() };
-    assert!(Group::resolve(var, 1, &options).unwrap_err().message.starts_with("`--master-port 1234` contradicts"));
+    let refused = |nproc, options| Group::resolve(var, nproc, &options).unwrap_err().message;
+    let plain = LaunchOptions::default;
+    assert_eq!(refused(2, plain()), "`--nproc 2` contradicts the environment, which says `RANK=5` of `WORLD_SIZE=8`");
+    let port = refused(1, LaunchOptions { master_port: Some(1234), ..plain() });
+    assert!(port.starts_with("`--master-port 1234` contradicts"), "{port}");
+    let restarts = refused(1, LaunchOptions { max_restarts: 3, ..plain() });
+    assert!(restarts.starts_with("`--max-restarts 3` contradicts"), "{restarts}");
+}
+
+/// A stage where the output folder has a checkpoint of an older run.
+fn restart_stage(script: &str) -> Stage {
+    let stage = Stage::new(&format!(
+        "save() {{ mkdir \"$DIR/out/$1\"; echo \"{{\\\"step\\\": $2, \\\"saved_at\\\": $(date +%s%N)}}\" > \"$DIR/out/$1/resume.json\"; }}
+         cp \"$2\" \"$DIR/plan$TORCHELASTIC_RESTART_COUNT\"; echo >> \"$DIR/started\"
+         {script}"
+    ));
+    std::fs::create_dir_all(stage.path("out/step_90")).unwrap();
+    std::fs::write(stage.path("out/step_90/resume.json"), r#"{"step": 90, "saved_at": 1}"#).unwrap();
+    stage
+}
+
+fn run_again(stage: &Stage, max_restarts: usize) -> Result<()> {
+    let options = LaunchOptions { max_restarts, ..LaunchOptions::default() };
+    stage.launcher_with(2, &options).run(serde_json::json!({ "output_dir": stage.path("out") }))
+}
+
+fn checkpoint_of(stage: &Stage, attempt: usize) -> Option<String> {
+    let plan = std::fs::read_to_string(stage.path(&format!("plan{attempt}"))).unwrap();
+    let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
+    let path = PathBuf::from(plan["checkpoint"].as_str()?);
+    Some(path.file_name().unwrap().to_str().unwrap().to_owned())
+}
+
+#[test]
+fn a_lost_rank_is_started_again_with_all_others_from_the_newest_checkpoint_of_the_run() {
+    let stage = restart_stage(
+        r#"ready; others
+           case $RANK$TORCHELASTIC_RESTART_COUNT in
+             10) kill -SEGV $$ ;;
+             01) save step_3 3; save step_4 4; kill -KILL $$ ;;
+             ?2) exit 0 ;;
+             *) forever ;;
+           esac"#,
+    );
+    run_again(&stage, 5).unwrap();
+    assert_eq!([0, 1, 2].map(|attempt| checkpoint_of(&stage, attempt)), [None, None, Some("step_4".into())]);
+    assert_eq!(std::fs::read_to_string(stage.path("started")).unwrap().lines().count(), 6);
+    stage.assert_nobody_left(2);
+}
+
+#[test]
+fn restarts_come_to_an_end() {
+    let stage = restart_stage("ready; others; [ $RANK = 1 ] && exit 7; forever");
+    let error = run_again(&stage, 2).unwrap_err();
+    assert_eq!((error.message.as_str(), error.rank), ("the worker ended with exit code 7 and left no report", Some(1)));
+    assert_eq!(std::fs::read_to_string(stage.path("started")).unwrap().lines().count(), 6);
+    stage.assert_nobody_left(2);
+}
+
+#[test]
+fn a_mistake_in_the_config_is_not_tried_again() {
+    let stage = restart_stage(r#"ready; others; cp "$DIR/bad_row" $HOST_REPORT; exit 2"#);
+    stage.report("bad_row", Error::config("row 7 has no `summary`"), false);
+    let error = run_again(&stage, 2).unwrap_err();
+    assert_eq!((error.message.as_str(), error.exit_code()), ("row 7 has no `summary`", 2));
+    assert_eq!(std::fs::read_to_string(stage.path("started")).unwrap().lines().count(), 2);
+}
+
+#[test]
+fn a_rank_that_dies_while_the_run_is_stopped_is_not_started_again() {
+    let stage = restart_stage("trap 'exit 3' INT; ready; forever");
+    let launcher = stage.launcher_process_with(2, 1);
+    kill_process(Pid::from_child(&launcher), Signal::INT).unwrap();
+    let (code, stderr) = end_of(launcher, &stage);
+    assert_eq!(code, Some(1), "{stderr}");
+    assert_eq!(std::fs::read_to_string(stage.path("started")).unwrap().lines().count(), 2, "{stderr}");
 }

@@ -11,7 +11,8 @@ use signal_hook::low_level::signal_name;
 use super::ranks::Ended;
 use crate::error::{Error, Kind, Result};
 
-pub(super) fn of(mut ended: Vec<Ended>, asked_to_stop: bool, world_size: usize) -> Result<()> {
+/// The result of all ranks of this launcher.
+pub(super) fn of(mut ended: Vec<Ended>, asked_to_stop: bool) -> Result<()> {
     ended.sort_by_key(|ended| ended.rank);
     let failed: Vec<&Ended> = ended.iter().filter(|ended| failed_by_itself(ended, asked_to_stop)).collect();
     if let Some(first) = failed.iter().min_by_key(|ended| precedence(ended)) {
@@ -19,7 +20,7 @@ pub(super) fn of(mut ended: Vec<Ended>, asked_to_stop: bool, world_size: usize) 
         // Which of those that made the same mistake came first is chance: the lowest is named, and none where all did.
         let alike: Vec<usize> =
             failed.iter().filter(|other| without_rank(error_of(other)) == error).map(|other| other.rank).collect();
-        let rank = if alike.len() == world_size { None } else { alike.first().copied() };
+        let rank = if alike.len() == ended.len() { None } else { alike.first().copied() };
         return Err(Error { rank, ..error });
     }
     if ended.iter().all(|ended| ended.status.is_some_and(|status| status.success())) {
@@ -105,7 +106,7 @@ fn interruption(ended: &[Ended]) -> Error {
         // All ranks stopped; naming one of them would mislead.
         return without_rank(own.error.clone());
     }
-    let clean = ended.iter().all(|ended| matches!(ended.status.and_then(|status| status.code()), Some(0 | 130)));
+    let clean = ended.iter().all(Ended::by_agreement);
     Error::interrupted(if clean { "stopped on request" } else { "stopped at once, without saving" })
 }
 
@@ -136,7 +137,7 @@ mod tests {
     }
 
     fn named(ends: Vec<Ended>) -> (Option<usize>, String) {
-        let error = of(ends, false, 4).unwrap_err();
+        let error = of(ends, false).unwrap_err();
         (error.rank, error.message)
     }
 
@@ -186,12 +187,12 @@ mod tests {
 
     #[test]
     fn a_stop_is_an_interruption_even_before_handlers_are_installed() {
-        assert!(of(vec![ended(0, 1, CODE_0), ended(1, 2, CODE_0)], true, 2).is_ok(), "done before the signal mattered");
-        let error = of(vec![ended(0, 1, CODE_130), ended(1, 2, CODE_130)], true, 2).unwrap_err();
+        assert!(of(vec![ended(0, 1, CODE_0), ended(1, 2, CODE_0)], true).is_ok(), "done before the signal mattered");
+        let error = of(vec![ended(0, 1, CODE_130), ended(1, 2, CODE_130)], true).unwrap_err();
         assert_eq!((error.kind, error.message.as_str()), (Kind::Interrupted, "stopped on request"));
         // A terminal's Ctrl-C can reach a worker before we have forwarded it.
         let early = || vec![ended(0, 1, Signal::INT.as_raw()), ended(1, 1, Signal::INT.as_raw())];
-        assert_eq!(of(early(), true, 2).unwrap_err().message, "stopped at once, without saving");
-        assert_eq!(named(early()), (Some(0), "the worker was killed by signal 2 (SIGINT)".into()), "nobody asked us");
+        assert_eq!(of(early(), true).unwrap_err().message, "stopped at once, without saving");
+        assert_eq!(named(early()), (None, "the worker was killed by signal 2 (SIGINT)".into()), "nobody asked us");
     }
 }

@@ -1,5 +1,6 @@
-//! Before the first step the ranks compare what they opened. Started by hand or on machines without a shared disk, one of
-//! them may have another config, other rows or another model, and would add the gradients of another run.
+//! Before the first step the ranks compare what they opened: config and guests as soon as they meet, while collectives
+//! that only one config asks for cannot hang the others yet, then rows and model. Started by hand or on machines without a
+//! shared disk, one of them may have others, and would add the gradients of another run.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -35,22 +36,29 @@ pub fn check(group: &Group, facts: &Facts) -> Result<()> {
     if ranks.is_empty() {
         return Ok(());
     }
+    let what = format!("{} opened something else than rank 0", dist::named(&ranks));
     if differences.is_empty() {
-        let ranks: Vec<_> = ranks.iter().map(usize::to_string).collect();
-        return Err(dist::stopped(format!("rank {} opened something else than rank 0", ranks.join(", "))));
+        return Err(dist::stopped(what));
     }
-    let error = Error::config(format!("rank {} opened something else than rank 0", group.rank));
+    let error = Error::config(what);
     Err(differences.into_iter().fold(error, Error::cause).hint(
         "start every rank with the same config and overrides, over the same files, with the same build of `host`",
     ))
 }
 
-/// A line for each fact that is not the same on both sides.
+/// A line for each fact that is not the same on both sides; one for a section that one side lacks.
 fn differences(theirs: &Facts, ours: &Facts) -> Vec<String> {
     let names: BTreeSet<&String> = theirs.keys().chain(ours.keys()).collect();
-    let value = |facts: &Facts, name: &String| facts.get(name).cloned().unwrap_or("not set".into());
+    let inside = |name: &str| format!("{}.", name.trim_end_matches('`'));
+    let value = |facts: &Facts, name: &String| match facts.get(name) {
+        Some(value) => value.clone(),
+        None if facts.keys().any(|other| other.starts_with(&inside(name))) => "a section".to_owned(),
+        None => "not set".to_owned(),
+    };
+    let is_in_another = |name: &String| names.iter().any(|other| name.starts_with(&inside(other)));
     names
-        .into_iter()
+        .iter()
+        .filter(|name| !is_in_another(name))
         .map(|name| (name, value(theirs, name), value(ours, name)))
         .filter(|(_, theirs, ours)| theirs != ours)
         .map(|(name, theirs, ours)| format!("{name}: {theirs} on rank 0, {ours} here"))
@@ -76,5 +84,8 @@ mod tests {
             differences(&one, &other),
             ["`optimizer.eps`: not set on rank 0, 1e-8 here", "`optimizer.lr`: 0.1 on rank 0, 0.2 here"]
         );
+        let without = facts(r#"{"seed": 1, "optimizer": null, "compat": null}"#);
+        assert_eq!(differences(&one, &without), ["`optimizer`: a section on rank 0, null here"]);
+        assert_eq!(differences(&without, &one), ["`optimizer`: null on rank 0, a section here"]);
     }
 }

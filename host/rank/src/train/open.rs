@@ -138,6 +138,7 @@ impl Run {
     pub fn open(plan: TrainPlan, inputs: Inputs) -> Result<Run> {
         let device = device::open(plan.device, inputs.env.local_rank, &inputs.env.libtorch_lib)?;
         let mut group = Group::join(&inputs.env, Duration::from_secs_f64(plan.collective_timeout_seconds))?;
+        agree::check(&group, &first_facts(&plan.config, &inputs))?;
         group.attach(plan.collectives, device, &inputs.env.libtorch_lib)?;
         let tokenizer = Tokenizer::of(&plan.tokenizer)?;
         // Ranks of one machine share what the first of them caches; when that fails, the others need not read all rows to
@@ -194,7 +195,7 @@ impl Run {
         let steps_per_epoch = steps_per_epoch(&plan, &data, &position, group.world_size)?;
         let total_steps = plan.epochs * steps_per_epoch;
         let record = record(&plan, &inputs, &position);
-        agree::check(&group, &facts(&config, &record, &position, tokens.validation.as_ref(), &trained))?;
+        agree::check(&group, &facts(&position, tokens.validation.as_ref(), &trained))?;
         if group.is_main() {
             let (all, trainable) = (opened.num_parameters, trained.num_parameters());
             let share = 100.0 * trainable as f64 / all as f64;
@@ -443,26 +444,25 @@ fn report_resume(dir: &Path, plan: &TrainPlan, position: &Position, total_steps:
     }
 }
 
-/// What the ranks compare before the first step.
-fn facts(
-    config: &serde_json::Value,
-    record: &serde_json::Value,
-    position: &Position,
-    validation: Option<&Tokenized>,
-    trained: &Trained,
-) -> Facts {
+/// What the ranks compare when they meet.
+fn first_facts(config: &serde_json::Value, inputs: &Inputs) -> Facts {
     let mut facts = Facts::new();
     agree::add_config(&mut facts, "", config);
     let mut add = |name: &str, value: String| facts.insert(name.to_owned(), value);
-    for (name, key) in [
-        ("the version of `host`", "host_version"),
-        ("the version of libtorch", "libtorch_version"),
-        ("the recipe", "recipe_digest"),
-        ("the template", "template_digest"),
-        ("the number of ranks", "world_size"),
-    ] {
-        add(name, record[key].to_string());
-    }
+    let short = |text: &str| format!("of digest {}", &blake3::hash(text.as_bytes()).to_hex()[..16]);
+    let of = |templates: &[Templates]| short(&templates.iter().map(Templates::digest).collect::<String>());
+    add("the version of `host`", env!("CARGO_PKG_VERSION").to_owned());
+    add("the version of libtorch", host_ffi::backend::libtorch_version().unwrap_or_default());
+    add("the recipe, with its loss", short(&inputs.recipe_digest));
+    add("the template", of(&inputs.templates));
+    add("the template of `dataset_val`", of(&inputs.templates_val));
+    facts
+}
+
+/// What the ranks compare before the first step.
+fn facts(position: &Position, validation: Option<&Tokenized>, trained: &Trained) -> Facts {
+    let mut facts = Facts::new();
+    let mut add = |name: &str, value: String| facts.insert(name.to_owned(), value);
     for (name, value) in position.identity.parts() {
         add(name, value);
     }
