@@ -7,6 +7,7 @@ mod apart;
 mod case;
 mod check;
 mod checkpoints;
+mod clusters;
 mod configs;
 mod ends;
 mod faults;

@@ -14,7 +14,7 @@ const FOUR: &str = "gradient_accumulation_steps=1";
 
 /// Runs `script` with `count` machines: its `node N COMMAND…` runs a command on one of them, and `train N …` is `host run`
 /// there. `None` where this machine gives nobody namespaces.
-fn with_nodes(case: &Case, count: usize, script: &str) -> Option<Command> {
+pub fn with_nodes(case: &Case, count: usize, script: &str) -> Option<Command> {
     let shell = |flags: &str, script: &str| {
         let mut command = Command::new("unshare");
         case.prepare(&mut command);

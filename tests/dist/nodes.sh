@@ -14,7 +14,7 @@ n=0
 while [ $n -lt "$count" ]; do
     # A namespace lives as long as a process is in it.
     unshare -n sleep infinity </dev/null >/dev/null 2>&1 &
-    eval "pid$n=$!"
+    eval "export pid$n=$!"
     until [ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.01; done
     ip link add port$n type veth peer name eth0 netns $!
     ip link set port$n master bridge up

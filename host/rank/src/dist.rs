@@ -182,7 +182,8 @@ impl Group {
     fn lost(&self, what: &str, error: host_ffi::FfiError) -> Error {
         let text = error.to_string().to_lowercase();
         let is_late = text.contains("did not take part") || text.contains("timed out") || text.contains("timeout");
-        let missing = self.store.take().map(|store| roll_call(store, &self.prefix, (self.rank, self.world_size), is_late));
+        let missing =
+            self.store.take().map(|store| roll_call(store, &self.prefix, (self.rank, self.world_size), is_late));
         let Some(missing) = missing.filter(|missing| is_late && !missing.is_empty()) else {
             return stopped(what).cause(error);
         };

@@ -71,9 +71,15 @@ impl Trained {
 /// What is trained, in memory of its own: what a checkpoint is written from while training goes on.
 pub enum Snapshot {
     Lora(LoraAdapter),
-    Whole { tensors: BTreeMap<String, Tensor>, is_tied: bool },
+    Whole {
+        tensors: BTreeMap<String, Tensor>,
+        is_tied: bool,
+    },
     /// Of a model that ranks share each has written its piece to the checkpoint's folder.
-    Shared { shards: Shards, is_tied: bool },
+    Shared {
+        shards: Shards,
+        is_tied: bool,
+    },
 }
 
 impl Snapshot {
@@ -107,9 +113,7 @@ impl Snapshot {
                 let weight = before();
                 adapter.merge(name.strip_suffix(".weight").unwrap_or(name), &weight).unwrap_or(weight)
             }
-            Self::Whole { tensors, .. } => {
-                tensors.get(self.name_of(name)).map_or_else(before, Tensor::shallow_clone)
-            }
+            Self::Whole { tensors, .. } => tensors.get(self.name_of(name)).map_or_else(before, Tensor::shallow_clone),
             Self::Shared { .. } => before(),
         }
     }

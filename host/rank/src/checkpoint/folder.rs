@@ -101,8 +101,10 @@ impl Saver {
     fn fill(&self, dir: &Path, base: &Weights, trained: &Snapshot, state: &ResumeState, curve: &Curve) -> Result<()> {
         self.copy_small_files(dir)?;
         if !self.plan.adapter_only {
-            let shared =
-                trained.shards().map(|shards| ShardFiles::open(dir, shards.clone(), state.position.saved_at)).transpose()?;
+            let shared = trained
+                .shards()
+                .map(|shards| ShardFiles::open(dir, shards.clone(), state.position.saved_at))
+                .transpose()?;
             // Everything that can fail about what was just written failed when it was written.
             let now = |name: &str, before: &dyn Fn() -> Tensor| match &shared {
                 Some(files) => {
