@@ -33,6 +33,8 @@ pub(in crate::launch) struct First {
 struct Node {
     line: Line,
     is_ready: bool,
+    /// It was told to stop its ranks.
+    is_stopped: bool,
 }
 
 impl First {
@@ -75,7 +77,7 @@ impl First {
         self.outcomes.clear();
         let (attempt, checkpoint) = (self.attempt, self.checkpoint.clone());
         self.tell_all(&FromFirst::Start { attempt, master_port, checkpoint: checkpoint.clone() });
-        self.nodes.values_mut().for_each(|node| node.is_ready = false);
+        self.nodes.values_mut().for_each(|node| (node.is_ready, node.is_stopped) = (false, false));
         // By whatever name the others know this node: here is an address at which it was reached.
         let reached = self.nodes.values().next().map(|node| node.line.local.to_string());
         let master_addr = reached.unwrap_or_else(|| self.place.master_addr.clone());
@@ -185,7 +187,8 @@ impl First {
 
     fn stop_others(&mut self) {
         let over: Vec<usize> = self.outcomes.iter().map(|(rank, _)| *rank).collect();
-        for (_, node) in self.nodes.iter_mut().filter(|(rank, _)| !over.contains(rank)) {
+        for (_, node) in self.nodes.iter_mut().filter(|(rank, node)| !over.contains(rank) && !node.is_stopped) {
+            node.is_stopped = true;
             node.line.tell(&FromFirst::Stop);
         }
     }
@@ -264,7 +267,7 @@ impl First {
             return Ok(());
         }
         line.tell(&FromFirst::Welcome);
-        self.nodes.insert(rank, Node { line, is_ready: true });
+        self.nodes.insert(rank, Node { line, is_ready: true, is_stopped: false });
         Ok(())
     }
 }

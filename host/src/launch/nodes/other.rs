@@ -70,6 +70,10 @@ impl Other {
                     self.attempt = attempt;
                     return Ok(Round { attempt, master_addr: line.peer.to_string(), master_port, checkpoint });
                 }
+                // It came while the others ended without it.
+                Ok(Some(FromFirst::Over { error, restarts: false })) => {
+                    return Err(error.unwrap_or_else(|| Error::run("the run is over")));
+                }
                 Ok(Some(FromFirst::Stop | FromFirst::Over { .. })) => {}
                 Ok(None) => std::thread::sleep(POLL),
                 Err(_) => {
