@@ -218,6 +218,25 @@ fn nodes_that_never_come_are_named() {
     assert!(!case.path("out").exists());
 }
 
+/// Waits until the launcher of node 0 listens, and so hears signals too.
+fn wait_for_node_0(port: u16) {
+    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_stop_while_it_waits_is_no_failure() {
+    let (case, port) = (Case::new(), free_port());
+    let waiting = Running::start(&mut node(&case, WASM, 3, 0, port, &["--max-restarts", "2"]));
+    wait_for_node_0(port);
+    waiting.signal(Signal::TERM);
+    assert_snapshot!(report(&waiting.wait(), port), @"
+    exit 130
+    error: stopped before all nodes had met
+    ");
+}
+
 #[test]
 fn nodes_that_do_not_fit_together() {
     let case = Case::new();
@@ -226,9 +245,7 @@ fn nodes_that_do_not_fit_together() {
         let mut first =
             node(&case, WASM, num_nodes[0], ranks[0], port, &[arguments[0], &["--rdzv-timeout", "4"]].concat());
         let first = Running::start(&mut first);
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
+        wait_for_node_0(port);
         let second = Ended::of(&mut node(&case, WASM, num_nodes[1], ranks[1], port, arguments[1]));
         [first.wait(), second].map(|ended| report(&ended, port))
     };
