@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use super::training::{BatchInfo, Training};
 use crate::train::batch::DeviceBatch;
-use crate::train::{Over, Place, Run, Which};
+use crate::train::{Over, Place, Run, Which, Work};
 
 impl Training for Run {
     fn next_step(&mut self) -> Result<bool> {
@@ -44,18 +44,22 @@ impl Training for Run {
     }
 
     fn loss(&mut self, batch: u64, which: Which) -> Result<(Tensor, f64)> {
+        self.compute(Work::Loss, which)?;
         Run::loss(self, batch, which)
     }
 
     fn logits(&mut self, batch: u64, which: Which) -> Result<Tensor> {
+        self.compute(Work::Logits, which)?;
         Run::logits(self, batch, which)
     }
 
     fn logits_part(&mut self, batch: u64, which: Which, start: i64, length: i64) -> Result<Tensor> {
+        self.compute(Work::LogitsPart, which)?;
         Run::logits_part(self, batch, which, start, length)
     }
 
     fn log_probs(&mut self, batch: u64, which: Which) -> Result<Tensor> {
+        self.compute(Work::LogProbs, which)?;
         Run::log_probs(self, batch, which)
     }
 
@@ -68,6 +72,7 @@ impl Training for Run {
     }
 
     fn backward(&mut self, sum: &Tensor, weight: f64) -> Result<()> {
+        self.compute(Work::Backward, Which::Trained)?;
         Run::backward(self, sum, weight)
     }
 

@@ -20,6 +20,10 @@ pub enum Which {
     Teacher,
 }
 
+impl Which {
+    pub const ALL: [Self; 3] = [Self::Trained, Self::Reference, Self::Teacher];
+}
+
 /// Documents laid end to end, as the model takes them. `T` tokens, `L` label positions.
 pub struct DeviceBatch {
     tokens: Tensor,    // [T]

@@ -10,7 +10,7 @@ use host::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::dist::{self, Group};
-use crate::train::Over;
+use crate::train::{Over, Which};
 
 /// What a rank is about to do with the others.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,8 +19,24 @@ pub enum Call {
     FinishStep { rate: f64 },
     /// So many numbers over all ranks.
     Read { over: Over, numbers: usize },
+    /// Work of a model that ranks share.
+    Compute { work: Work, which: Which },
     /// The recipe has returned.
     Leave,
+}
+
+/// What ranks that share a model do together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Work {
+    Loss,
+    Logits,
+    LogitsPart,
+    LogProbs,
+    Backward,
+}
+
+impl Work {
+    const ALL: [Self; 5] = [Self::Loss, Self::Logits, Self::LogitsPart, Self::LogProbs, Self::Backward];
 }
 
 /// A rank's call, and what else it has to say each time.
@@ -69,6 +85,7 @@ impl Arrival {
         let (kind, argument) = match self.call {
             Call::FinishStep { rate } => (0, rate.to_bits() as i64),
             Call::Read { over, numbers } => (1 + over as i64, numbers as i64),
+            Call::Compute { work, which } => (-2 - work as i64, which as i64),
             Call::Leave => (-1, 0),
         };
         let [in_step, has_failed] = [self.in_step, self.has_failed].map(i64::from);
@@ -79,6 +96,9 @@ impl Arrival {
         let call = match numbers[0] {
             -1 => Call::Leave,
             0 => Call::FinishStep { rate: f64::from_bits(numbers[1] as u64) },
+            work if work < 0 => {
+                Call::Compute { work: Work::ALL[(-2 - work) as usize], which: Which::ALL[numbers[1] as usize] }
+            }
             over => Call::Read { over: Over::ALL[over as usize - 1], numbers: numbers[1] as usize },
         };
         let (in_step, has_failed) = (numbers[3] != 0, numbers[5] != 0);
@@ -94,6 +114,21 @@ impl Arrival {
             Call::Read { over, numbers } => {
                 let what = if numbers == 1 { "a number".to_owned() } else { format!("{numbers} numbers") };
                 format!("reading of {what} over all ranks ({}), {when}", over.name())
+            }
+            Call::Compute { work, which } => {
+                let what = match work {
+                    Work::Loss => "loss",
+                    Work::Logits => "logits",
+                    Work::LogitsPart => "logits_part",
+                    Work::LogProbs => "log_probs",
+                    Work::Backward => return format!("backward of a sum, {when}"),
+                };
+                let of = match which {
+                    Which::Trained => "model",
+                    Which::Reference => "reference",
+                    Which::Teacher => "teacher",
+                };
+                format!("`{what}` of a batch by the {of}, {when}")
             }
             Call::Leave => format!("return from the recipe, {when}"),
         }
@@ -194,6 +229,8 @@ mod tests {
             Call::FinishStep { rate: 3e-4 },
             Call::Read { over: Over::Mean, numbers: 7 },
             Call::Read { over: Over::Max, numbers: 0 },
+            Call::Compute { work: Work::Loss, which: Which::Teacher },
+            Call::Compute { work: Work::Backward, which: Which::Trained },
             Call::Leave,
         ] {
             let arrival = Arrival { call, step: 41, in_step: false, seconds: 0.25, has_failed: true };

@@ -10,6 +10,6 @@ pub mod run;
 pub mod step;
 
 pub use batch::Which;
-pub use lockstep::Place;
+pub use lockstep::{Place, Work};
 pub use open::{Inputs, Opened, Start, Tokens};
 pub use run::{Loss, Over, Run};

@@ -23,7 +23,7 @@ use crate::shard::{Sharding, Shards};
 use crate::torch::TorchContext;
 use crate::train::batch::{DeviceBatch, DropoutSeed, Which};
 use crate::train::evaluate::Validation;
-use crate::train::lockstep::{self, Apart, Arrival, Call, Met, Place, Waiting};
+use crate::train::lockstep::{self, Apart, Arrival, Call, Met, Place, Waiting, Work};
 use crate::train::step::{Hidden, Metrics, StepState, Sums, Totals};
 use crate::trained::Trained;
 
@@ -481,6 +481,15 @@ impl Run {
                 Err(Error::run("the recipe did not do the same on all ranks"))
             }
         }
+    }
+
+    /// Tells the other ranks that the recipe wants `work` of a model, where that is work of all of them.
+    pub fn compute(&mut self, work: Work, which: Which) -> Result<()> {
+        let is_shared = self.parts.sharded().next().is_some();
+        // Of parts of the scores only the first one runs the model.
+        let is_known = |step: &StepState| step.hidden.iter().any(|hidden| hidden.which == which);
+        let is_done = work == Work::LogitsPart && self.step.as_ref().is_some_and(is_known);
+        if is_shared && !is_done { self.meet(Call::Compute { work, which }).map(drop) } else { Ok(()) }
     }
 
     /// Tells the other ranks that the recipe has returned.

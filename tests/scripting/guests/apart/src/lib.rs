@@ -13,6 +13,9 @@ fn main() -> Result<()> {
         let mut sums: Vec<Tensor> = vec![];
         for batch in step.batches() {
             let batch = batch?;
+            if what == "computes" && was_largest {
+                model.logits(&batch)?;
+            }
             let loss = model.loss(&batch)?;
             step.backward(&loss.sum, loss.weight)?;
             sums.push(batch.labels()?.to_float()?.sum()?);
