@@ -10,6 +10,7 @@ mod dependencies;
 mod files;
 mod guests;
 mod hub;
+mod plan;
 mod properties;
 #[path = "../support/hub.rs"]
 mod support_hub;

@@ -23,6 +23,7 @@ fn without_a_verb_it_helps() {
       cp           Copies a recipe, a template or a config, to change it
       cat          Prints a config
       keys         Says what a config may contain: every key with its default, and what becomes of it
+      plan         Says how much memory and time a run would take, without starting it
       preview      Shows what rows become: text, tokens, and which of them carry loss
       new          Makes a folder with a new recipe, template or loss
       check        Looks at a recipe, a template or a loss without running it
@@ -47,6 +48,7 @@ fn without_a_verb_it_helps() {
       host new template my_template                       a folder that builds, tests and runs
       host check my_template.rhai                         a guest, without running it
       host inspect downloaded.wasm                        what it says of itself, and what it uses
+      host plan --config my.yaml --nproc 2                what memory and time a run takes
       host preview --config my.yaml                       what rows become, and what carries loss
       host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
       host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'

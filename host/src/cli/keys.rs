@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::json;
 
 use super::ui;
-use crate::config::registry::keys::{GENERATE, LIMITS, TRAIN};
+use crate::config::registry::keys::{GENERATE, HARDWARE, LIMITS, TRAIN};
 use crate::config::registry::{self, Class, Component, Key, Role, components};
 use crate::config::suggest;
 use crate::error::{Error, Result};
@@ -72,6 +72,7 @@ fn parts() -> Vec<Part> {
         top("Training", "Top-level keys of a config for a recipe.", TRAIN),
         top("Generation", "Top-level keys of a config for `generate`.", GENERATE),
         top("`limits`", "What a guest may use.", LIMITS),
+        top("Hardware", "A file of `host plan --hardware`, such as `configs/hardware/mi210x8.yaml`.", HARDWARE),
     ];
     // Models share their keys: one table for all of them.
     let with_adapters = components::ALL.iter().find(|component| component.name.starts_with("lora_"));

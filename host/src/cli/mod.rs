@@ -15,6 +15,7 @@ mod inspect;
 mod keys;
 mod ls;
 mod new;
+mod plan;
 mod preview;
 mod run;
 mod shipped;
@@ -36,6 +37,7 @@ Examples:
   host new template my_template                       a folder that builds, tests and runs
   host check my_template.rhai                         a guest, without running it
   host inspect downloaded.wasm                        what it says of itself, and what it uses
+  host plan --config my.yaml --nproc 2                what memory and time a run takes
   host preview --config my.yaml                       what rows become, and what carries loss
   host run lora_distributed --nproc 2 --config smollm2/135M_lora_summarize
   host run lora_distributed --config my.yaml epochs=3 optimizer.lr=1e-4 '~lr_scheduler'
@@ -60,6 +62,7 @@ enum Verb {
     Cp(cp::Args),
     Cat(cat::Args),
     Keys(keys::Args),
+    Plan(plan::Args),
     Preview(preview::Args),
     New(new::Args),
     Check(check_guest::Args),
@@ -80,6 +83,7 @@ pub fn dispatch(cli: Cli) -> Result<()> {
         Some(Verb::Cp(args)) => cp::run(&args),
         Some(Verb::Cat(args)) => cat::run(&args),
         Some(Verb::Keys(args)) => keys::run(&args),
+        Some(Verb::Plan(args)) => plan::run(&args),
         Some(Verb::Preview(args)) => preview::run(&args),
         Some(Verb::New(args)) => new::run(&args),
         Some(Verb::Test(args)) => test_guest::run(&args),

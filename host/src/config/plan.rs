@@ -532,6 +532,26 @@ pub enum Dtype {
     Fp32,
 }
 
+/// Machines to plan for, as a file describes them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HardwarePlan {
+    pub name: String,
+    /// Ranks compute on a machine's cores and share its memory and rate.
+    pub is_cpu: bool,
+    pub devices_per_node: usize,
+    /// Of a device; of the machine where it is the device.
+    pub memory_gb: f64,
+    /// Of a machine with GPUs.
+    pub host_memory_gb: f64,
+    /// What matrix products reach.
+    pub tflops: f64,
+    /// What a device receives from those of its machine.
+    pub link_gb_s: f64,
+    /// What a device receives from another machine.
+    pub node_link_gb_s: f64,
+    pub disk_gb_s: f64,
+}
+
 /// What each rank is to hold of the model and keep of a forward, as the config asks; [`crate::placement`] decides.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlacementPlan {

@@ -95,7 +95,7 @@ fn one(
 }
 
 /// Scans the files of the splits that are asked for, and says which rows of which file are taken.
-fn select_pieces(plan: &DatasetPlan) -> Result<Vec<(SourceFile, std::ops::Range<u64>)>> {
+pub(super) fn select_pieces(plan: &DatasetPlan) -> Result<Vec<(SourceFile, std::ops::Range<u64>)>> {
     let slices = split::parse(&plan.split)?;
     let needed = Wanted::of(&plan.rows);
     let mut splits: Vec<(String, u64)> = vec![];

@@ -7,6 +7,7 @@ pub const LARGEST: u64 = i32::MAX as u64;
 pub(super) const POSITIVE: Type = Type::Count { min: 1, max: LARGEST };
 const SEED: Type = Type::Count { min: 0, max: u32::MAX as u64 };
 const FRACTION: Type = Type::Number { min: 0.0, max: 1.0 };
+const RATE: Type = Type::Number { min: 1e-3, max: f64::INFINITY };
 const ANY_NUMBER: Type = Type::Number { min: f64::NEG_INFINITY, max: f64::INFINITY };
 
 const SHARDED_BY_BLOCK: &str = "embedding, blocks and output are sharded one by one already";
@@ -214,6 +215,19 @@ pub const TRAIN: &[Key] = &[
     refused("cudnn_deterministic_mode", "deterministic kernels cannot be demanded yet"),
     optional("batch_size_val", POSITIVE, "Samples of one rank in one batch of validation.")
         .satisfied("validation takes whole samples by a token budget, and the mean is over their tokens"),
+];
+
+/// A file of `host plan --hardware`.
+pub const HARDWARE: &[Key] = &[
+    required("name", Type::Text, "What tables call it."),
+    key("device", Type::OneOf(&["cpu", "cuda"]), "cuda", "What computes; `cuda` is ROCm too."),
+    required("devices_per_node", POSITIVE, "Devices of one machine; 1 where its cores are the device."),
+    required("memory_gb", RATE, "Memory of a device, in GB (10^9 bytes); of the machine where that is the device."),
+    key("host_memory_gb", RATE, "512", "Memory of the machine, for `fsdp_cpu_offload`."),
+    required("tflops", RATE, "What matrix products of the run reach, in TFLOP/s; far below what a data sheet says."),
+    required("link_gb_s", RATE, "What a device receives from the others of its machine, in GB/s."),
+    key("node_link_gb_s", RATE, "3", "What a device receives from other machines, in GB/s."),
+    key("disk_gb_s", RATE, "1", "What is read and written by one process, in GB/s."),
 ];
 
 pub const GENERATE: &[Key] = &[

@@ -7,6 +7,7 @@ mod data;
 pub mod data_files;
 mod defaults;
 mod generate;
+mod hardware;
 mod parts;
 mod placement;
 mod train;
@@ -22,6 +23,7 @@ use super::{Config, Notice};
 use crate::error::{Error, Result};
 
 pub use generate::generate;
+pub use hardware::hardware;
 pub use train::train;
 
 /// What a plan takes from outside the config.

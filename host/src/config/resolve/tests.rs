@@ -653,8 +653,19 @@ fn every_honoured_key_is_read() {
     let reader = Reader::new(&config);
     generate::build(&reader, &surroundings()).unwrap();
     read.extend(reader.read.into_inner());
+    // Every shipped description, too.
+    for text in [
+        include_str!("../../../../configs/hardware/mi210x8.yaml"),
+        include_str!("../../../../configs/hardware/h100x8.yaml"),
+    ] {
+        let config = Config::parse(text, Path::new("h.yaml"), &[]).unwrap();
+        let reader = Reader::new(&config);
+        super::hardware::build(&reader).unwrap();
+        read.extend(reader.read.into_inner());
+    }
 
-    let sections = [("train", keys::TRAIN), ("generate", keys::GENERATE), ("limits", keys::LIMITS)];
+    let sections =
+        [("train", keys::TRAIN), ("generate", keys::GENERATE), ("limits", keys::LIMITS), ("hardware", keys::HARDWARE)];
     let components =
         components::ALL.iter().flat_map(|component| component.keys.iter().map(|keys| (component.name, *keys)));
     // One model with adapters stands for all: they share their keys.

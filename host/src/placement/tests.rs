@@ -1,0 +1,137 @@
+//! What changes in an estimate when something changes in a plan, and which placement is taken.
+
+use std::path::{Path, PathBuf};
+
+use super::memory::Where;
+use super::*;
+use crate::config::Config;
+use crate::config::plan::{HardwarePlan, TrainPlan};
+use crate::config::resolve::{self, Surroundings};
+use crate::hf::ModelConfig;
+
+/// Llama 3.2 1B.
+const MODEL: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
+"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072, "tie_word_embeddings": true,
+"hidden_act": "silu"}"#;
+const FULL: &str = include_str!("../../../configs/llama3_2/1B_full.yaml");
+const LORA: &str = include_str!("../../../configs/llama3_2/1B_lora.yaml");
+const LENGTHS: Lengths = Lengths { mean: 500.0, label_share: 0.1, spread: 0.5 };
+
+fn plan(text: &str, overrides: &[&str]) -> TrainPlan {
+    let around = Surroundings {
+        seed: 1,
+        cwd: PathBuf::from("/work"),
+        shipped: vec![PathBuf::from("/work")],
+        cache_dir: None,
+        kind: &|path| path.extension().map(|_| resolve::FileKind::File),
+        files_below: &|_| vec![],
+        metadata: &|_| Ok(Default::default()),
+    };
+    let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+    let config = Config::parse(text, Path::new("c.yaml"), &overrides).unwrap();
+    resolve::train(&config, Path::new("r.rhai"), &around).unwrap_or_else(|error| panic!("{error}")).plan
+}
+
+fn gpus(memory_gb: f64) -> HardwarePlan {
+    HardwarePlan {
+        name: "gpus".into(),
+        is_cpu: false,
+        devices_per_node: 8,
+        memory_gb,
+        host_memory_gb: 512.0,
+        tflops: 100.0,
+        link_gb_s: 10.0,
+        node_link_gb_s: 1.0,
+        disk_gb_s: 1.0,
+    }
+}
+
+fn question<'a>(plan: &'a TrainPlan, hardware: &'a HardwarePlan, world_size: usize) -> Question<'a> {
+    let job = Job::new(plan, ModelConfig::parse(MODEL).unwrap(), 0.0, &LENGTHS).unwrap();
+    Question { plan, job, hardware, ranks: Ranks { world_size, nodes: 1 }, lengths: LENGTHS, rows: Some(10_000.0) }
+}
+
+/// The bytes of a part.
+fn part(candidate: &Candidate, name: &str) -> f64 {
+    candidate.memory.parts.iter().find(|part| part.name == name).map_or(0.0, |part| part.bytes)
+}
+
+#[test]
+fn shards_are_shares() {
+    let (plan, hardware) = (plan(FULL, &["parallel=shard"]), gpus(80.0));
+    let of = |ranks| question(&plan, &hardware, ranks).candidate(Placement::new(&plan.placement, true), Way::Host);
+    let (two, eight) = (of(2), of(8));
+    for name in ["weights", "gradients", "optimizer"] {
+        assert_eq!(part(&two, name), 4.0 * part(&eight, name), "{name}");
+    }
+    // 1.24 G numbers in bf16.
+    assert!((part(&two, "weights") / (1.2358e9 * 2.0 / 2.0) - 1.0).abs() < 1e-3);
+    assert_eq!(part(&two, "activations"), part(&eight, "activations"));
+}
+
+#[test]
+fn every_key_moves_what_it_is_for() {
+    let hardware = gpus(80.0);
+    let of = |text: &str, overrides: &[&str]| {
+        let plan = plan(text, overrides);
+        question(&plan, &hardware, 4).candidate(Placement::new(&plan.placement, true), Way::Host)
+    };
+    let plain = of(FULL, &["parallel=shard"]);
+    let kept = of(FULL, &["parallel=shard", "fsdp_reshard_after_forward=False"]);
+    assert!(part(&kept, "gathered blocks") > 3.0 * part(&plain, "gathered blocks"));
+    assert!(kept.cost.bytes_received < plain.cost.bytes_received);
+    let offloaded = of(FULL, &["fsdp_cpu_offload=True"]);
+    let shards = |candidate: &Candidate| {
+        part(candidate, "weights") + part(candidate, "gradients") + part(candidate, "optimizer")
+    };
+    assert!((plain.need_bytes - offloaded.need_bytes - shards(&plain)).abs() < 1.0);
+    assert!(offloaded.memory.peak(Where::Host) >= shards(&offloaded));
+    let mut least = f64::INFINITY;
+    for option in ["ac_option=8", "ac_option=2", "ac_option=1"] {
+        let recomputed = of(FULL, &["parallel=shard", "ac_mode=selective", option]);
+        assert!(part(&recomputed, "activations") < part(&plain, "activations").min(least), "{option}");
+        assert!(recomputed.cost.compute_seconds > plain.cost.compute_seconds);
+        least = part(&recomputed, "activations");
+    }
+    let (short, long) = (
+        of(FULL, &["parallel=shard", "tokens_per_microbatch=1000"]),
+        of(FULL, &["parallel=shard", "tokens_per_microbatch=4000"]),
+    );
+    assert!(part(&short, "activations") < part(&long, "activations"));
+}
+
+#[test]
+fn a_frozen_base_that_fits_is_replicated() {
+    let (plan, hardware) = (plan(LORA, &[]), gpus(80.0));
+    let choice = choose(&question(&plan, &hardware, 8)).unwrap();
+    assert!(!choice.chosen().placement.is_sharded && choice.chosen().fits);
+    // One sum of the adapter in fp32 a step, 7/8 of it from others, there and back.
+    let trained = question(&plan, &hardware, 8).job.num_trained();
+    assert_eq!(choice.chosen().cost.bytes_received, 2.0 * 7.0 / 8.0 * 4.0 * trained);
+    // One rank has nobody to share with.
+    assert_eq!(choose(&question(&plan, &hardware, 1)).unwrap().candidates.len(), 1);
+}
+
+/// Whatever is proposed was tried: with it, the same plan is accepted.
+#[test]
+fn what_would_fit_fits() {
+    let hardware = gpus(16.0);
+    let replicated = plan(FULL, &["parallel=replicate", "tokens_per_microbatch=8000", "batch_size=16"]);
+    let error = |plan: &TrainPlan| {
+        let question = question(plan, &hardware, 4);
+        choose(&question).unwrap().check(&question).err()
+    };
+    let refused = error(&replicated).unwrap();
+    assert_eq!(refused.kind, crate::error::Kind::Config);
+    let changes = refused.hints.iter().filter(|hint| !hint.contains("such ranks"));
+    let changes: Vec<&str> = changes.filter_map(|hint| hint.split('`').nth(1)).collect();
+    assert!(changes.len() >= 3, "{refused}");
+    for change in changes {
+        let mut overrides = vec!["parallel=replicate", "tokens_per_microbatch=8000", "batch_size=16"];
+        // Offloading is what shards know.
+        overrides.retain(|given| !change.starts_with("fsdp") || !given.starts_with("parallel"));
+        overrides.extend(change.split(' '));
+        assert!(error(&plan(FULL, &overrides)).is_none(), "{change}");
+    }
+}
