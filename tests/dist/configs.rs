@@ -38,7 +38,13 @@ fn add_model(case: &Case, family: &str) -> PathBuf {
     let fixture = root().join("tests/fixtures/families").join(family).join("config.json");
     let mut config: Value = serde_json::from_slice(&std::fs::read(fixture).unwrap()).unwrap();
     config["vocab_size"] = VOCABULARY.into();
-    case.write(&format!("models/{family}/config.json"), config.to_string());
+    draw_model(case, &format!("models/{family}"), &config);
+    folder
+}
+
+/// A model of a `config.json`, its weights drawn.
+pub fn draw_model(case: &Case, folder: &str, config: &Value) {
+    case.write(&format!("{folder}/config.json"), config.to_string());
     tch::manual_seed(7);
     let draw = |shape: &[i64], name: &str| match name.contains("norm") {
         true => Tensor::ones(shape, (Kind::BFloat16, tch::Device::Cpu)),
@@ -46,8 +52,7 @@ fn add_model(case: &Case, family: &str) -> PathBuf {
     };
     let tensors = ModelConfig::parse(&config.to_string()).unwrap().tensors();
     let tensors: Vec<_> = tensors.into_iter().map(|(name, shape)| (name.clone(), draw(&shape, &name))).collect();
-    Tensor::write_safetensors(&tensors, folder.join("model.safetensors")).unwrap();
-    folder
+    Tensor::write_safetensors(&tensors, case.path(folder).join("model.safetensors")).unwrap();
 }
 
 /// What a user of the config changes to run it here.

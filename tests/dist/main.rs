@@ -18,6 +18,7 @@ mod hostile;
 mod hub;
 mod isolate;
 mod kit;
+mod memory;
 mod methods;
 mod mistakes;
 mod nodes;

@@ -6,6 +6,7 @@ pub mod batch;
 pub mod evaluate;
 mod lockstep;
 pub mod open;
+mod placement;
 pub mod run;
 pub mod step;
 

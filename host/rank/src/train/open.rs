@@ -10,7 +10,6 @@ use host::config::plan::{DatasetPlan, ModelPlan, RowsPlan, SchedulePlan, TrainPl
 use host::data::template::Templates;
 use host::data::{self, BatchLayout, Order, Tokenized};
 use host::hf::{ModelConfig, WeightIndex};
-use host::placement::Placement;
 use host::saved;
 use host::tokenizer::Tokenizer;
 use host::worker::{StopFlag, WorkerEnv};
@@ -28,6 +27,7 @@ use crate::optim::{AdamW, Schedule};
 use crate::shard::{Pieces, Sharding, Spread};
 use crate::train::agree::{self, Facts};
 use crate::train::evaluate::Validation;
+use crate::train::placement;
 use crate::train::run::{Loss, Others, Parts, Run, rows_of_epoch};
 use crate::trained::{Trained, WholeModel};
 use crate::{device, torch};
@@ -169,7 +169,7 @@ impl Run {
         let seed = group.from_main(&plan.seed.to_le_bytes())?;
         plan.seed = seed.try_into().map(u64::from_le_bytes).map_err(|_| Error::bug("a seed has eight bytes"))?;
         let group = Rc::new(group);
-        let placement = Placement::decide(&plan.placement, group.world_size)?;
+        let placement = placement::decide(&plan, &tokens.training, &inputs.env, &group)?;
         let checkpoint_every = placement.checkpoint_every;
         let spread = placement.is_sharded.then(|| Spread { group: Rc::clone(&group), placement });
         let kind = torch::kind(plan.dtype);

@@ -1,0 +1,60 @@
+//! What each rank is to hold of the model: decided by rank 0, from the data as it is and the memory that is free, for all.
+
+use host::config::plan::TrainPlan;
+use host::data::Tokenized;
+use host::placement::{self, Choice, Job, Lengths, Placement, Question, Ranks, gb};
+use host::worker::WorkerEnv;
+use host::{Error, Result};
+
+use crate::dist::Group;
+
+pub fn decide(plan: &TrainPlan, data: &Tokenized, env: &WorkerEnv, group: &Group) -> Result<Placement> {
+    let decided = group.is_main().then(|| on_main(plan, data, env));
+    let text = match group.after_main("place the model", decided)? {
+        Some(placement) => {
+            serde_json::to_vec(&placement).map_err(|error| Error::bug("a placement is JSON").cause(error))?
+        }
+        None => vec![],
+    };
+    let text = group.from_main(&text)?;
+    serde_json::from_slice(&text).map_err(|error| Error::bug("rank 0 sent no placement").cause(error))
+}
+
+fn on_main(plan: &TrainPlan, data: &Tokenized, env: &WorkerEnv) -> Result<Placement> {
+    let open = Placement::open_to(&plan.placement, env.world_size)?;
+    // How much a GPU has is not known everywhere.
+    let Ok(hardware) = placement::at_hand(plan.device, plan.dtype) else { return Ok(open[0]) };
+    let lengths = Lengths::of(data);
+    let nodes = env.world_size.div_ceil(env.local_world_size.max(1));
+    let question = Question {
+        job: Job::of(plan, &lengths)?,
+        plan,
+        hardware: &hardware,
+        ranks: Ranks { world_size: env.world_size, nodes },
+        lengths,
+        rows: Some(data.len() as f64),
+    };
+    let choice = placement::choose(&question)?;
+    choice.check(&question)?;
+    say(&choice, env.world_size);
+    Ok(choice.chosen().placement)
+}
+
+/// One line where there was something to decide, or where it is close.
+fn say(choice: &Choice, world_size: usize) {
+    let chosen = choice.chosen();
+    let (name, need, have) = (chosen.placement.describe(), gb(chosen.need_bytes), gb(choice.have_bytes));
+    if !chosen.fits {
+        tracing::warn!("a rank needs about {need} ({name}) and has {have}: it may not fit");
+    } else if choice.candidates.len() > 1 {
+        let others = choice.candidates.iter().enumerate().filter(|(index, _)| *index != choice.chosen);
+        let others: Vec<_> =
+            others.map(|(_, other)| format!("{} {}", other.placement.describe(), gb(other.need_bytes))).collect();
+        tracing::info!(
+            "placement: {name}, about {need} of {have} a rank ({}); `host plan` says more",
+            others.join(", ")
+        );
+    } else if world_size > 1 {
+        tracing::debug!("placement: {name}, about {need} of {have} a rank");
+    }
+}
