@@ -9,6 +9,7 @@ use host::config::resolve::{self, FileKind, Surroundings};
 use host::data::template::Templates;
 use host::tokenizer::{Format, Tokenizer};
 use host_rank::{generate, script};
+use insta::assert_snapshot;
 use serde_json::Value;
 
 use crate::case::{Case, Ended, RHAI, RHAI_TEMPLATE, Running, STEPS, WASM, free_port};
@@ -38,6 +39,43 @@ fn assert_close(one: &[f64], other: &[f64]) {
     for (one, other) in one.iter().zip(other) {
         assert!(((one - other) / other).abs() < 1e-6, "{one} and {other}");
     }
+}
+
+/// torchtune's name for it shards where the config says nothing, and a piece that is lost or of another save is named.
+#[test]
+fn a_model_that_ranks_share_trains_and_is_saved_in_pieces() {
+    let case = Case::new();
+    let ended = Ended::of(&mut case.run("lora_finetune_fsdp2", TWO_RANKS));
+    assert!(ended.code == 0 && ended.stderr.contains("fp32 on cpu, sharded over 2 ranks, loaded"), "{}", ended.stderr);
+    assert_close(&case.log("out"), &case.losses("lora_distributed", "replicated", TWO_RANKS));
+
+    let whole = [&["model=llama", "optimizer.lr=1e-4", "parallel=shard", "output_dir=whole"], TWO_RANKS].concat();
+    assert_eq!(Ended::of(&mut case.run("full_finetune_distributed", &whole)).code, 0);
+    let pieces = case.contents("whole/epoch_0");
+    let name = |rank: usize| format!("resume-0000{rank}-of-00002.safetensors");
+    let halves = [1, 2].map(|rank| pieces[&name(rank)].len());
+    assert!(halves[0] == halves[1] && pieces["model.safetensors.index.json"].len() > 100, "{halves:?}");
+    let generated = Ended::of(&mut case.host(&[
+        "run",
+        "generate",
+        "--config",
+        "generate.yaml",
+        "checkpointer.checkpoint_dir=whole/epoch_0",
+    ]));
+    assert_eq!(generated.code, 0, "{}", generated.stderr);
+
+    let again = [&["resume_from_checkpoint=True", "epochs=2"], &whole[..]].concat();
+    let resume = || Ended::of(&mut case.run("full_finetune_distributed", &again)).report();
+    let second = case.path("whole/epoch_0").join(name(2));
+    let kept = std::fs::read(&second).unwrap();
+    std::fs::remove_file(&second).unwrap();
+    assert_snapshot!(resume(), @"");
+    let shorter = [&["max_steps_per_epoch=2", "output_dir=other"], &whole[..3], TWO_RANKS].concat();
+    assert_eq!(Ended::of(&mut case.run("full_finetune_distributed", &shorter)).code, 0);
+    std::fs::copy(case.path("other/epoch_0").join(name(2)), &second).unwrap();
+    assert_snapshot!(resume(), @"");
+    std::fs::write(&second, kept).unwrap();
+    assert!(resume().starts_with("exit 0"));
 }
 
 #[test]

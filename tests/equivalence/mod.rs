@@ -105,6 +105,80 @@ fn sharding_changes_nothing() {
     }
 }
 
+/// A micro-batch without a label on one rank alone takes part in what ranks that share a model do together.
+#[test]
+fn a_batch_without_labels_needs_the_others_too() {
+    let mut rows = support::golden_rows();
+    for row in rows.iter_mut().skip(1).step_by(5) {
+        row.labels.fill(-100);
+    }
+    let logged = |world: usize, parallel: Parallel, whole: bool| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan = support::golden_plan(dir.path());
+        if whole {
+            support::train_whole(&mut plan);
+        }
+        (plan.layout, plan.batch_size, plan.gradient_accumulation_steps) = (Layout::Padded, 1, 8 / world);
+        (plan.max_steps_per_epoch, plan.placement.parallel) = (Some(6), parallel);
+        let lines = crate::parity::methods::by_recipe("scripts/recipes/lora_distributed.rhai", &plan, &rows, world);
+        lines.iter().map(|line| line["loss"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    for whole in [false, true] {
+        let alone = logged(1, Parallel::Replicate, whole);
+        let shared = logged(2, Parallel::Shard, whole);
+        assert_eq!(alone.len(), 6);
+        assert!(
+            alone.iter().zip(&shared).all(|(one, other)| ((one - other) / one).abs() < 1e-6),
+            "{alone:?} {shared:?}"
+        );
+    }
+}
+
+/// What collectives bring to a rank in a step is what the formulas say: of replicated weights their adapter's gradients once,
+/// of shared ones every block for forward and for backward and the gradients once, or each once for the whole step.
+#[test]
+fn a_step_moves_as_many_bytes_as_it_must() {
+    const RANKS: i64 = 2;
+    let config = host::hf::ModelConfig::read(&support::tiny_model()).unwrap();
+    let shards = host_rank::shard::Shards::new(&config, RANKS as usize);
+    let unit = |index: usize| shards.piece(index) * RANKS;
+    let units = shards.units.len();
+    let all: i64 = (0..units).map(unit).sum();
+    // The last block stays from its forward to its backward.
+    let again: i64 = (1..units - 2).map(unit).sum();
+    let adapter: i64 = 8 * config
+        .linears()
+        .iter()
+        .filter(|linear| linear.name.ends_with("q_proj") || linear.name.ends_with("v_proj"))
+        .map(|linear| linear.inputs + linear.outputs)
+        .sum::<i64>();
+    let scalars = 9;
+    // An all-reduce brings 2 (n - 1) / n of what it reduces, the others (n - 1) / n of the whole.
+    for (what, is_whole, parallel, keeps, passes) in [
+        ("an adapter, replicated", false, Parallel::Replicate, false, 2 * (adapter + scalars)),
+        ("an adapter over pieces", false, Parallel::Shard, false, 2 * (adapter + scalars) + all + again),
+        ("every weight, replicated", true, Parallel::Replicate, false, 2 * (shards.total() + scalars)),
+        ("every weight in pieces", true, Parallel::Shard, false, 2 * scalars + all + again + all),
+        ("every weight in pieces that are kept", true, Parallel::Shard, true, 2 * scalars + all + all),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan = support::golden_plan(dir.path());
+        if is_whole {
+            support::train_whole(&mut plan);
+        }
+        plan.gradient_accumulation_steps /= RANKS as usize;
+        // One micro-batch a rank.
+        plan.tokens_per_microbatch = 100_000;
+        (plan.placement.parallel, plan.placement.reshard_after_forward) = (parallel, !keeps);
+        support::train(&plan, &support::golden_rows(), RANKS as usize, 3);
+        let received: Vec<f64> =
+            support::log_lines(&plan).iter().map(|line| line["bytes_received"].as_f64().unwrap()).collect();
+        let expected = (passes * 4 * (RANKS - 1) / RANKS) as f64;
+        // Before the first step the ranks compare notes.
+        assert_eq!(received[1..], [expected; 2], "{what}");
+    }
+}
+
 /// Activations that backward computes again are the ones of the forward, dropout masks among them: of every block, of every
 /// second, alone and over shards.
 #[test]

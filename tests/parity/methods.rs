@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use host::config::plan::{GuestRef, Layout, LossPlan, ModelPlan, RowsPlan, TrainPlan};
+use host::config::plan::{GuestRef, Layout, LossPlan, ModelPlan, Parallel, RowsPlan, TrainPlan};
 use host::data::Sample;
 use host::worker::StopFlag;
 use host_rank::script::Recipe;
@@ -107,22 +107,31 @@ const REWARDS: &[(&str, f64)] = &[
 ];
 
 #[track_caller]
-fn check_dpo(curve: &str, kind: &str, label_smoothing: f64, layouts: &[(usize, Layout)]) {
-    for (world, layout) in layouts {
+fn check_dpo(curve: &str, kind: &str, label_smoothing: f64, ways: &[Way]) {
+    for (world, layout, parallel) in ways {
         let dir = tempfile::tempdir().unwrap();
         let loss = json!({ "beta": 0.1, "label_smoothing": label_smoothing, "loss_type": kind });
         let mut plan = dpo_plan(dir.path(), loss, *world);
-        plan.layout = *layout;
+        (plan.layout, plan.placement.parallel) = (*layout, *parallel);
         compare(&by_recipe(LORA_DPO, &plan, &pairs(), *world), "curves/dpo.json", curve, REWARDS);
     }
 }
 
-const EVERY_WAY: &[(usize, Layout)] = &[(1, Layout::Varlen), (1, Layout::Padded), (2, Layout::Varlen)];
+/// Ranks, layout, and who holds the model.
+type Way = (usize, Layout, Parallel);
+
+const ALONE: Way = (1, Layout::Padded, Parallel::Replicate);
+const EVERY_WAY: &[Way] = &[
+    (1, Layout::Varlen, Parallel::Replicate),
+    ALONE,
+    (2, Layout::Varlen, Parallel::Replicate),
+    (2, Layout::Varlen, Parallel::Shard),
+];
 
 #[test]
 fn dpo_is_trls_and_torchtunes() {
     check_dpo("sigmoid_trl", "sigmoid", 0.0, EVERY_WAY);
-    check_dpo("sigmoid_torchtune", "sigmoid", 0.0, &[(2, Layout::Padded)]);
+    check_dpo("sigmoid_torchtune", "sigmoid", 0.0, &[(2, Layout::Padded, Parallel::Replicate)]);
 }
 
 #[test]
@@ -135,13 +144,13 @@ fn hinge_and_smoothing_are_trls() {
 #[test]
 fn ipo_and_kto_pair_are_torchtunes() {
     check_dpo("ipo_torchtune", "ipo", 0.0, EVERY_WAY);
-    check_dpo("kto_pair_torchtune", "kto_pair", 0.0, &[(1, Layout::Padded)]);
+    check_dpo("kto_pair_torchtune", "kto_pair", 0.0, &[ALONE]);
 }
 
 /// All weights trained, a second copy frozen. Losses start at ln 2 and the rewards at 0, exactly.
 #[test]
 fn full_dpo_is_trls_and_torchtunes() {
-    for (world, layout) in EVERY_WAY {
+    for (world, layout, parallel) in EVERY_WAY {
         let dir = tempfile::tempdir().unwrap();
         let mut plan =
             dpo_plan(dir.path(), json!({ "beta": 0.1, "label_smoothing": 0.0, "loss_type": "sigmoid" }), *world);
@@ -149,7 +158,7 @@ fn full_dpo_is_trls_and_torchtunes() {
         plan.reference = Some(plan.model.clone());
         plan.for_recipe.push("ref_checkpointer".into());
         plan.optimizer.lr = 1e-5;
-        plan.layout = *layout;
+        (plan.layout, plan.placement.parallel) = (*layout, *parallel);
         // Two answers a pair.
         let steps = by_recipe(LORA_DPO, &plan, &pairs()[..2 * 64], *world);
         for curve in ["full_sigmoid_torchtune", "full_sigmoid_trl"] {
@@ -167,12 +176,12 @@ fn distillation_is_torchtunes() {
     for (curve, kind) in [("forward", "ForwardKLLoss"), ("reverse", "ReverseKLLoss"), ("symmetric", "SymmetricKLLoss")]
     {
         // However many pieces the scores are computed in, and whoever computes them.
-        for (world, layout, chunks) in [(1, Layout::Varlen, 8), (1, Layout::Padded, 1), (2, Layout::Varlen, 3)] {
+        for ((world, layout, parallel), chunks) in EVERY_WAY.iter().zip([8, 1, 3, 2]) {
             let dir = tempfile::tempdir().unwrap();
             let mut plan = support::golden_plan(dir.path());
             plan.model.adapter = Some(support::golden_adapter(dir.path()));
             plan.gradient_accumulation_steps /= world;
-            plan.layout = layout;
+            (plan.layout, plan.placement.parallel) = (*layout, *parallel);
             plan.teacher = Some(ModelPlan {
                 checkpoint_dir: support::fixtures().join("teacher"),
                 checkpoint_files: vec![],
@@ -182,7 +191,7 @@ fn distillation_is_torchtunes() {
             plan.for_recipe = ["teacher_model", "teacher_checkpointer", "kd_loss", "kd_ratio"].map(String::from).into();
             let loss = json!({ "_component_": kind, "num_output_chunks": chunks, "sym_kd_ratio": 0.5 });
             plan.config = json!({ "kd_ratio": 0.5, "kd_loss": loss });
-            let steps = by_recipe("scripts/recipes/knowledge_distillation_distributed.rhai", &plan, &rows, world);
+            let steps = by_recipe("scripts/recipes/knowledge_distillation_distributed.rhai", &plan, &rows, *world);
             let metrics = [("class_loss", 2e-5), ("kd_loss", 2e-4), ("label_tokens", 1e-9)];
             compare(&steps, "curves/distillation.json", curve, &metrics);
         }

@@ -4,7 +4,7 @@
 //! Tolerances: 1e-5 absolute on an fp32 loss, where torchtune and PEFT differ from each other by 8e-7 over 30 steps; 1e-2
 //! in bf16, where bf16 and fp32 of one implementation differ by 4e-3.
 
-mod methods;
+pub mod methods;
 
 use std::path::Path;
 

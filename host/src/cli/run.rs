@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{check, hub_data, shipped, torchrun, ui};
-use crate::config::plan::Plan;
+use crate::config::plan::{Parallel, Plan};
 use crate::config::resolve::{self, Surroundings};
 use crate::config::{Config, Notice, registry};
 use crate::error::{Error, Result};
@@ -52,6 +52,12 @@ pub fn run(args: &Args) -> Result<()> {
         }
     };
     let (mut plan, mut notices) = resolve(&recipe, &config, &around)?;
+    if let Plan::Train(plan) = &mut plan
+        && args.recipe == registry::SHARDED
+        && plan.placement.parallel == Parallel::Auto
+    {
+        plan.placement.parallel = Parallel::Shard;
+    }
     check_method(&args.recipe, &plan, &config)?;
     notices.extend(check::check(&plan, &config)?);
     notices.extend(hub_data::settle(&mut plan, &config, true)?);

@@ -48,31 +48,40 @@ def main(model_dir: Path, rows_path: str, batch_size: int, accumulation: int) ->
 
 def load(model_dir: Path) -> torch.nn.Module:
     config = json.loads((model_dir / "config.json").read_text())
-    heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
+    with training.set_default_dtype(torch.bfloat16):
+        model = lora_model(config)
+    missing = model.load_state_dict(read(model_dir, config), strict=False)
+    assert not missing.unexpected_keys and all("lora" in key for key in missing.missing_keys), missing
+    return model.train()
+
+
+def read(model_dir: Path, config: dict) -> dict:
+    """The weights by torchtune's names."""
     weights = {}
     for shard in sorted(model_dir.glob("*.safetensors")):
         weights.update(load_file(shard))
-    with training.set_default_dtype(torch.bfloat16):
-        model = lora_llama3_2(
-            ["q_proj", "v_proj"],
-            vocab_size=config["vocab_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            embed_dim=dim,
-            max_seq_len=512,
-            intermediate_dim=config["intermediate_size"],
-            norm_eps=config["rms_norm_eps"],
-            rope_base=config["rope_theta"],
-            scale_factor=1,  # its RoPE scaling divides by this: none
-            lora_rank=8,
-            lora_alpha=16,
-            tie_word_embeddings=config["tie_word_embeddings"],
-        )
-    state = hf_to_tune(weights, num_heads=heads, num_kv_heads=kv_heads, dim=dim, head_dim=config["head_dim"])
-    missing = model.load_state_dict(state, strict=False)
-    assert not missing.unexpected_keys and all("lora" in key for key in missing.missing_keys), missing
-    return model.train()
+    heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
+    return hf_to_tune(weights, num_heads=heads, num_kv_heads=kv_heads, dim=dim, head_dim=config["head_dim"])
+
+
+def shape(config: dict) -> dict:
+    return dict(
+        vocab_size=config["vocab_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        embed_dim=config["hidden_size"],
+        max_seq_len=512,
+        intermediate_dim=config["intermediate_size"],
+        norm_eps=config["rms_norm_eps"],
+        rope_base=config["rope_theta"],
+        scale_factor=1,  # its RoPE scaling divides by this: none
+        tie_word_embeddings=config["tie_word_embeddings"],
+    )
+
+
+def lora_model(config: dict) -> torch.nn.Module:
+    return lora_llama3_2(["q_proj", "v_proj"], lora_rank=8, lora_alpha=16, **shape(config))
 
 
 if __name__ == "__main__":

@@ -60,8 +60,9 @@ const DPO_SETTINGS: [&str; 4] = [
     "max_steps_per_epoch=3",
 ];
 const DPO_STEPS: usize = 3;
-/// `host x2` is two ranks of one thread each, with half the accumulation.
-const PROGRAMS: [&str; 4] = ["host", "host x2", "torchtune", "peft"];
+/// `x2` are two ranks of one thread each, with half the accumulation; `full` trains all weights, which two ranks share.
+const PROGRAMS: [&str; 8] =
+    ["host", "host x2", "torchtune", "peft", "torchtune x2", "host full", "host full x2", "torchtune full x2"];
 /// Equal rows, weights and rules give equal first losses (adapters begin at zero); bf16 takes the rest.
 const FIRST_LOSS_TOLERANCE: f64 = 0.03;
 
@@ -136,6 +137,9 @@ fn prepare(root: &Path, peers: &Peers, program: &str, is_shared: bool, args: &Ar
     let mut command = match program {
         "host" => return Ok(prepare_host(root, WASM, 1, args)),
         "host x2" => return Ok(prepare_host(root, WASM, 2, args)),
+        "host full" => return Ok(prepare_full(root, 1, args)),
+        "host full x2" => return Ok(prepare_full(root, 2, args)),
+        "torchtune x2" | "torchtune full x2" => return Ok(prepare_shared(root, peers, program, args)),
         "torchtune" => peers.torchtune_script(root, "host/xtask/bench/torchtune_lora.py"),
         _ => peers.script(root, "host/xtask/bench/peft_lora.py"),
     };
@@ -146,6 +150,24 @@ fn prepare(root: &Path, peers: &Peers, program: &str, is_shared: bool, args: &Ar
         command.env("OMP_WAIT_POLICY", "passive");
     }
     Ok((command, StepLog::Stdout))
+}
+
+fn prepare_full(root: &Path, ranks: usize, args: &Args) -> (Command, StepLog) {
+    let (mut host, log) = prepare_host(root, WASM, ranks, args);
+    host.args(["model=llama", "optimizer.lr=2e-5", "save_adapter_weights_only=False"]);
+    if ranks > 1 {
+        host.arg("parallel=shard");
+    }
+    (host, log)
+}
+
+/// Two processes of torchtune, of one thread each.
+fn prepare_shared(root: &Path, peers: &Peers, program: &str, args: &Args) -> (Command, StepLog) {
+    let mut command = peers.torchtune_script(root, "host/xtask/bench/torchtune_shared.py");
+    command.args([MODEL_DIR, ROWS, &BATCH_SIZE.to_string(), &ACCUMULATION.to_string()]);
+    command.arg(if program.contains("full") { "full" } else { "lora" });
+    command.env("OMP_NUM_THREADS", (args.threads / 2).max(1).to_string());
+    (command, StepLog::Stdout)
 }
 
 fn prepare_host(root: &Path, recipe: &str, ranks: usize, args: &Args) -> (Command, StepLog) {
@@ -232,10 +254,10 @@ fn report(root: &Path, args: &Args, runs: &Runs, costs: &Costs, targets: &[Targe
         println!("{json}");
         return Ok(());
     }
-    println!("\n{:<10} {:>12} {:>10} {:>14}", "", "tokens/s", "peak MB", "first step s");
+    println!("\n{:<17} {:>12} {:>10} {:>14}", "", "tokens/s", "peak MB", "first step s");
     for program in PROGRAMS {
         let [speed, memory, start] = medians(program);
-        println!("{program:<10} {speed:>12.0} {memory:>10.0} {start:>14.2}");
+        println!("{program:<17} {speed:>12.0} {memory:>10.0} {start:>14.2}");
     }
     println!("\n{costs}\n");
     targets.iter().for_each(|target| println!("{target}"));

@@ -200,9 +200,13 @@ impl Run {
             let (all, trainable) = (opened.num_parameters, trained.num_parameters());
             let share = 100.0 * trainable as f64 / all as f64;
             let layers = opened.model.config.num_layers;
+            let spread = match &opened.model.sharding {
+                Some(_) => format!("sharded over {}, ", ranks(group.world_size)),
+                None => String::new(),
+            };
             let (dtype, device, seconds) = (plan.dtype, device::name(device), started.elapsed().as_secs_f64());
             tracing::info!(
-                "model: {layers} layers, {all} parameters, {trainable} trainable ({share:.2}%), {dtype} on {device}, loaded in {seconds:.2} s"
+                "model: {layers} layers, {all} parameters, {trainable} trainable ({share:.2}%), {dtype} on {device}, {spread}loaded in {seconds:.2} s"
             );
             let (elements, samples, epochs) = (data.len(), position.samples_per_step, plan.epochs);
             let (rows, noun) = match plan.dataset.first() {
@@ -274,6 +278,10 @@ impl Run {
             stop: inputs.stop,
         })
     }
+}
+
+fn ranks(count: usize) -> String {
+    if count == 1 { "1 rank".to_owned() } else { format!("{count} ranks") }
 }
 
 /// The frozen models beside the one that is trained. They read the same tokens.

@@ -248,10 +248,13 @@ pub struct Recipe {
     pub doc: Option<&'static str>,
 }
 
+/// torchtune's name for the run whose model ranks share.
+pub const SHARDED: &str = "lora_finetune_fsdp2";
+
 pub const RECIPES: &[Recipe] = &[
     Recipe {
         name: "lora_distributed",
-        aliases: &["lora_finetune_distributed", "lora_finetune_single_device", "lora_finetune_fsdp2"],
+        aliases: &["lora_finetune_distributed", "lora_finetune_single_device", SHARDED],
         guest: Some("lora_distributed"),
         configs: &[
             "llama2/7B_lora",

@@ -40,6 +40,12 @@ pub fn of(runs: &Runs, costs: &Costs) -> Vec<Target> {
     }
     let processes = ratio("host x2", "host", |f| f.tokens_per_second);
     targets.push(Target::new("tokens/s, 2 processes / 1", processes, Bound::AtLeast(0.9)));
+    let theirs = ratio("host x2", "torchtune x2", |f| f.tokens_per_second);
+    targets.push(Target::new("tokens/s, 2 processes, host / torchtune", theirs, Bound::AtLeast(5.0)));
+    let shared = ratio("host full x2", "host full", |f| f.tokens_per_second);
+    targets.push(Target::new("tokens/s, all weights, 2 processes that share them / 1", shared, Bound::AtLeast(0.7)));
+    let theirs = ratio("host full x2", "torchtune full x2", |f| f.tokens_per_second);
+    targets.push(Target::new("tokens/s, all weights, 2 processes, host / torchtune", theirs, Bound::AtLeast(2.0)));
     let start = ratio("host", "peft", |f| f.seconds_to_first_step);
     targets.push(Target::new("start to the end of the first step, host / peft", start, START));
     let [cold, cached] = costs.data_path.ratios();
