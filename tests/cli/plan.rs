@@ -80,15 +80,16 @@ fn the_table_compares_placements() {
       weights                               16.1          2.02
       gradients                            0.014         0.014
       optimizer                            0.027         0.027
+      copy for a checkpoint           host 0.041    host 0.041
       activations                           12.9          12.9
       in computation                       0.442         0.442
       allocator                             1.33          1.33
       reduce and update                  (0.027)       (0.027)
       write a checkpoint               host 4.20     host 4.20
       the GPU's own                        0.600         0.600
-      gathered blocks                          -          1.49
-      at most                               31.3          18.8
-      of the machine's                      4.20          4.20
+      gathered blocks                          -          2.97
+      at most                               31.3          20.3
+      of the machine's                      4.24          4.24
       (parts in brackets are there when less is taken in all)
 
     a step                             replicate         shard     torchtune

@@ -64,19 +64,19 @@ fn a_frozen_rank_ends_the_run_and_is_named() {
 fn a_rank_that_never_comes_is_named() {
     let case = Case::new();
     let port = free_port();
-    let ended = Ended::of(&mut case.join(0, port, &["collective_timeout_seconds=1"]));
+    let ended = Ended::of(&mut case.join(0, port, &["--rdzv-timeout", "1"]));
     let report = ended.report().replace(&port.to_string(), "PORT");
     let first: Vec<&str> = report.lines().take(2).collect();
     assert_snapshot!(first.join("\n"), @"
     exit 1
-    error: no word from rank 1 for 1 s, before the first step (rank 0)
+    error: rank 1 of 2 did not come within 1 s (rank 0)
     ");
-    let ended = Ended::of(&mut case.join(1, port, &["collective_timeout_seconds=1"]));
+    let ended = Ended::of(&mut case.join(1, port, &["--rdzv-timeout", "1"]));
     let report = ended.report().replace(&port.to_string(), "PORT");
     let first: Vec<&str> = report.lines().take(2).collect();
     assert_snapshot!(first.join("\n"), @"
     exit 1
-    error: stopped because rank 0 could not be reached (rank 1)
+    error: rank 0 could not be reached at `127.0.0.1:PORT` within 1 s (rank 1)
     ");
 }
 

@@ -88,20 +88,20 @@ fn a_rank_takes_the_memory_that_was_planned() {
     );
     let mut found = vec![];
     for (model, dtype) in [("lora_llama", "fp32"), ("llama", "bf16")] {
-        for ranks in [1, 2] {
+        for (ranks, parallel) in [(1, "replicate"), (2, "replicate"), (2, "shard")] {
             let batch_size = SAMPLES / ranks;
             let arguments: Vec<String> = [
                 format!("--nproc={ranks}"),
                 format!("model._component_={model}"),
                 format!("dtype={dtype}"),
                 format!("batch_size={batch_size}"),
+                format!("parallel={parallel}"),
             ]
             .into_iter()
             .chain(
                 [
                     "gradient_accumulation_steps=1",
                     "max_steps_per_epoch=3",
-                    "parallel=replicate",
                     "tokenizer.path=model/tokenizer.json",
                     "~dataset_val",
                 ]
@@ -116,7 +116,7 @@ fn a_rank_takes_the_memory_that_was_planned() {
             found.push((
                 ratio,
                 format!(
-                    "{model} {dtype}, {ranks} ranks: {estimated:.3e} estimated, {measured:.3e} measured: {ratio:.2}"
+                    "{model} {dtype}, {ranks} ranks, {parallel}: {estimated:.3e} estimated, {measured:.3e} measured: {ratio:.2}"
                 ),
             ));
         }

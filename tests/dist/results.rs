@@ -69,11 +69,21 @@ fn a_model_that_ranks_share_trains_and_is_saved_in_pieces() {
     let second = case.path("whole/epoch_0").join(name(2));
     let kept = std::fs::read(&second).unwrap();
     std::fs::remove_file(&second).unwrap();
-    assert_snapshot!(resume(), @"");
+    assert_snapshot!(resume(), @"
+    exit 2
+    error: the checkpoint `whole/epoch_0` is not whole: a rank's file is missing
+      --> whole/epoch_0/resume-00002-of-00002.safetensors
+    hint: each rank wrote one such file: bring all of them to one folder, or name another checkpoint with `resume_from`
+    ");
     let shorter = [&["max_steps_per_epoch=2", "output_dir=other"], &whole[..3], TWO_RANKS].concat();
     assert_eq!(Ended::of(&mut case.run("full_finetune_distributed", &shorter)).code, 0);
     std::fs::copy(case.path("other/epoch_0").join(name(2)), &second).unwrap();
-    assert_snapshot!(resume(), @"");
+    assert_snapshot!(resume(), @"
+    exit 2
+    error: the checkpoint `whole/epoch_0` is not whole: a rank's file is of another save
+      --> whole/epoch_0/resume-00002-of-00002.safetensors
+    hint: each rank wrote one such file: bring all of them to one folder, or name another checkpoint with `resume_from`
+    ");
     std::fs::write(&second, kept).unwrap();
     assert!(resume().starts_with("exit 0"));
 }

@@ -27,7 +27,7 @@ struct Group {
 
 // A collective under way, what is done after it, and the tensors it reads and writes until then.
 struct Work {
-  c10::intrusive_ptr<c10d::Work> inner;
+  std::vector<c10::intrusive_ptr<c10d::Work>> inner;
   std::function<void()> finish;
   std::vector<at::Tensor> keep;
 };
@@ -149,15 +149,26 @@ extern "C" char* host_group_all_gather(const host::Group* group, const at::Tenso
   });
 }
 
-// `whole` receives the shards of all ranks, one after another. Tensors of host memory.
+// `whole` receives the shards of all ranks, one after another. Tensors of host memory. A broadcast of each into its place:
+// Gloo's own all-gather makes a copy of the whole on the way.
 extern "C" char* host_group_all_gather_into(const host::Group* group, const at::Tensor* whole, const at::Tensor* shard,
                                             host::Work** out) {
   return host::guard([&] {
     const at::NoGradGuard no_grad;
     // Not `detach`: weights that are gathered again are the weights that a graph saved.
-    at::Tensor into = whole->variable_data().view({-1}), from = shard->detach().contiguous().view({-1});
-    auto work = group->inner->_allgather_base(into, from);
-    *out = new host::Work{std::move(work), [] {}, {into, from}};
+    const at::Tensor into = whole->variable_data().view({-1});
+    const int64_t size = shard->numel();
+    into.narrow(0, group->inner->getRank() * size, size).copy_(shard->detach().view({-1}));
+    auto work = std::make_unique<host::Work>();
+    work->finish = [] {};
+    work->keep = {into};
+    for (int root = 0; root < group->inner->getSize(); root++) {
+      c10d::BroadcastOptions options;
+      options.rootRank = root;
+      std::vector<at::Tensor> piece{into.narrow(0, root * size, size)};
+      work->inner.push_back(group->inner->broadcast(piece, options));
+    }
+    *out = work.release();
   });
 }
 
@@ -172,14 +183,14 @@ extern "C" char* host_group_reduce_scatter_sum(const host::Group* group, const a
     std::vector<int64_t> even;
     at::Tensor received = parts.view({-1}), sent = from.view({-1});
     auto work = group->inner->alltoall_base(received, sent, even, even);
-    *out = new host::Work{std::move(work), [into, parts] { into.copy_(parts.sum(0).view_as(into)); }, {from}};
+    *out = new host::Work{{std::move(work)}, [into, parts] { into.copy_(parts.sum(0).view_as(into)); }, {from}};
   });
 }
 
 extern "C" char* host_work_wait(host::Work* work) {
   return host::guard([&] {
     const at::NoGradGuard no_grad;
-    work->inner->wait();
+    for (const auto& part : work->inner) part->wait();
     work->finish();
   });
 }

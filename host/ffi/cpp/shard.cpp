@@ -56,6 +56,20 @@ extern "C" char* host_storage_take(const at::Tensor* tensor) {
   });
 }
 
+// Exchanges the memory under two tensors, which have storages of their own; views follow.
+extern "C" char* host_storage_swap(const at::Tensor* one, const at::Tensor* other) {
+  return host::guard([&] {
+    auto* a = one->storage().unsafeGetStorageImpl();
+    auto* b = other->storage().unsafeGetStorageImpl();
+    TORCH_CHECK(a != b && a->device() == b->device(), "swap_storage: two storages of one device are wanted");
+    at::DataPtr kept = a->set_data_ptr(b->set_data_ptr(at::DataPtr(nullptr, b->device())));
+    b->set_data_ptr_noswap(std::move(kept));
+    const auto bytes = a->nbytes();
+    a->set_nbytes(b->nbytes());
+    b->set_nbytes(bytes);
+  });
+}
+
 // `output` as a function of `x` whose backward is `call`. Takes `data` over whatever happens.
 extern "C" char* host_node(const at::Tensor* x, const at::Tensor* output, host::NodeCall call, host::NodeDrop drop,
                            void* data, at::Tensor** out) {

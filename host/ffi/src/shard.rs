@@ -24,6 +24,13 @@ pub fn take_storage(tensor: &Tensor) -> Result<()> {
     check(unsafe { sys::host_storage_take(tensor.as_ptr()) })
 }
 
+/// Exchanges the memory under two tensors that have storages of their own, on one device. Every view follows, and so does
+/// whether there is memory at all.
+pub fn swap_storage(one: &Tensor, other: &Tensor) -> Result<()> {
+    // SAFETY: both tensors are live, their storages reference-counted; each keeps exactly one owner of each memory.
+    check(unsafe { sys::host_storage_swap(one.as_ptr(), other.as_ptr()) })
+}
+
 /// What a [`node`] does in a backward pass: from the gradient of its output to that of its input, where it has one.
 type Backward = Box<dyn FnMut(&Tensor) -> Result<Option<Tensor>>>;
 

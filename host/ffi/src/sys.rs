@@ -178,6 +178,7 @@ unsafe extern "C" {
 
     pub fn host_storage_free(tensor: In) -> Message;
     pub fn host_storage_take(tensor: In) -> Message;
+    pub fn host_storage_swap(one: In, other: In) -> Message;
     pub fn host_node(x: In, output: In, call: NodeCall, drop: NodeDrop, data: *mut c_void, out: Out) -> Message;
     pub fn host_message(text: *const c_char, length: usize) -> Message;
 

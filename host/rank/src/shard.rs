@@ -38,6 +38,8 @@ pub struct Sharding {
     tensors: BTreeMap<String, Tensor>,
     device: Device,
     reshard_after_forward: bool,
+    /// Memory of units that are away, which the next of that size takes: from and to the allocator it would leave holes.
+    spare: RefCell<Vec<Tensor>>,
     /// The unit whose gradients are on their way, and where they arrive.
     reducing: RefCell<Option<(usize, Work, Tensor)>>,
 }
@@ -167,8 +169,8 @@ impl Sharding {
             units.push(Unit { whole, grad, shard, shard_grad, state, has_grad });
         }
         let reshard_after_forward = placement.reshard_after_forward;
-        let reducing = RefCell::default();
-        let sharding = Self { group, shards, units, tensors, device, reshard_after_forward, reducing };
+        let (reducing, spare) = (RefCell::default(), RefCell::default());
+        let sharding = Self { group, shards, units, tensors, device, reshard_after_forward, spare, reducing };
         sharding.read(weights)?;
         Ok(Rc::new(sharding))
     }
@@ -294,7 +296,7 @@ impl Sharding {
         let unit = &self.units[index];
         let mut state = unit.state.borrow_mut();
         if let State::Away = *state {
-            memory::take_storage(&unit.whole).torch("take memory for a block")?;
+            self.take(&unit.whole)?;
             let shard = unit.shard.detach().to_device(self.device).to_kind(unit.whole.kind());
             *state = State::Coming(self.group.all_gather_into(&unit.whole, &shard)?);
         }
@@ -319,7 +321,28 @@ impl Sharding {
             State::Coming(work) => self.group.wait(work)?,
             State::Here => {}
         }
-        memory::free_storage(&unit.whole).torch("free a block")
+        self.give_back(&unit.whole)
+    }
+
+    /// Memory for a tensor of a unit.
+    fn take(&self, tensor: &Tensor) -> Result<()> {
+        let mut spare = self.spare.borrow_mut();
+        match spare.iter().position(|spare| spare.numel() == tensor.numel() && spare.kind() == tensor.kind()) {
+            Some(index) => memory::swap_storage(&spare.swap_remove(index), tensor).torch("take memory for a block"),
+            None => memory::take_storage(tensor).torch("take memory for a block"),
+        }
+    }
+
+    /// On a GPU libtorch's allocator keeps what is given back, and knows which streams still read it.
+    fn give_back(&self, tensor: &Tensor) -> Result<()> {
+        if self.device != Device::Cpu {
+            return memory::free_storage(tensor).torch("free a block");
+        }
+        let spare = Tensor::empty(tensor.size(), (tensor.kind(), self.device));
+        memory::free_storage(&spare).torch("free a block")?;
+        memory::swap_storage(tensor, &spare).torch("free a block")?;
+        self.spare.borrow_mut().push(spare);
+        Ok(())
     }
 
     /// Memory for the gradients of what is outside of the blocks, which backward reaches before any hook.
@@ -336,7 +359,7 @@ impl Sharding {
         if let Some(grad) = &unit.grad
             && !unit.has_grad.replace(true)
         {
-            memory::take_storage(grad).torch("take memory for gradients")?;
+            self.take(grad)?;
             tch::no_grad(|| drop(grad.detach().zero_()));
         }
         Ok(())
@@ -361,7 +384,7 @@ impl Sharding {
             let sum = sum.to_device(total.device()).to_kind(total.kind());
             tch::no_grad(|| drop(total.shallow_clone().g_add_(&sum)));
             unit.has_grad.set(false);
-            memory::free_storage(grad).torch("free gradients")?;
+            self.give_back(grad)?;
         }
         Ok(())
     }

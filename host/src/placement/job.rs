@@ -1,6 +1,6 @@
 //! What a plan asks of a rank, in the sizes that memory and time are estimated from.
 
-use crate::config::plan::{Dtype, Layout, LoraPlan, TrainPlan};
+use crate::config::plan::{Dtype, Layout, LoraPlan, TrainPlan, Updates};
 use crate::data::Tokenized;
 use crate::hf::ModelConfig;
 use crate::{Error, Result};
@@ -14,6 +14,8 @@ pub struct Job {
     pub element: f64,
     /// Bytes of a number of an adapter.
     pub adapter_element: f64,
+    /// Bytes that the optimizer keeps for a number that is trained: two moments, and perhaps an fp32 copy.
+    pub optimizer_bytes: f64,
     /// Numbers of the models beside the trained one, which stay as they are.
     pub frozen_beside: f64,
     /// Tokens of the largest micro-batch.
@@ -66,12 +68,20 @@ impl Job {
             return Err(Error::config("a sample has at least one token, and at most all of them carry loss"));
         }
         let element = bytes(plan.dtype);
+        let adapter_element = if plan.compat_torchtune { element } else { 4.0 };
+        let trained_element = if plan.model.lora.is_some() { adapter_element } else { element };
+        let optimizer_bytes = match plan.optimizer.updates {
+            Updates::Master if trained_element < 4.0 => 12.0,
+            Updates::Stochastic => 8.0,
+            _ => 2.0 * trained_element,
+        };
         let tokens = largest_microbatch(plan, lengths);
         Ok(Self {
             model,
             lora: plan.model.lora.clone(),
             element,
-            adapter_element: if plan.compat_torchtune { element } else { 4.0 },
+            adapter_element,
+            optimizer_bytes,
             frozen_beside,
             tokens,
             labels: (tokens * lengths.label_share).max(1.0),

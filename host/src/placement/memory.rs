@@ -79,15 +79,24 @@ impl Memory {
         let beside = share(job.frozen_beside * job.element);
         let gathered = match (placement.is_sharded, placement.reshard_after_forward) {
             (false, _) => 0.0,
-            // The block that is computed and the one that is fetched meanwhile; embedding and head are such blocks too.
-            (true, true) => job.element * (job.block() + job.block().max(job.head())),
+            // Embedding, norm and head; the block that is computed, the one that is fetched meanwhile, and on its way through
+            // Gloo once more.
+            (true, true) => job.element * (job.outside_blocks() + job.block() * if is_cpu { 3.0 } else { 2.0 }),
             (true, false) => job.element * all,
         };
-        // Of a block that is trained the whole gradient, before it is reduced, and of the one before that is being reduced.
-        let reduced = match placement.is_sharded && job.trains_all() {
-            true => job.element * (job.block() + job.block().max(job.head())),
-            false => 0.0,
+        // The whole gradients of the same, of the block that is computed and of the one that is being reduced, and what other
+        // ranks send of it.
+        let reduced = match (placement.is_sharded && job.trains_all(), placement.reshard_after_forward) {
+            (false, _) => 0.0,
+            (true, true) => job.element * (job.outside_blocks() + job.block() * if is_cpu { 3.0 } else { 2.0 }),
+            (true, false) => job.element * (all + job.head()),
         };
+        let moments = match job.trains_all() {
+            true => share(trained * job.optimizer_bytes),
+            false => trained * job.optimizer_bytes,
+        };
+        // What is written while training goes on; of a model that ranks share each writes its piece at once.
+        let copy = if placement.is_sharded && job.trains_all() { 0.0 } else { of_trained + moments };
         let holes = match is_cpu {
             true => GLIBC_HOLES[usize::from(job.element < 4.0)],
             false => CACHE_HOLES,
@@ -103,9 +112,10 @@ impl Memory {
         let mut parts = vec![
             on("weights", kept + beside, shards, When::Always),
             on("gradients", of_trained, shards, When::Always),
-            on("optimizer", 2.0 * of_trained, shards, When::Always),
+            on("optimizer", moments, shards, When::Always),
+            on("copy for a checkpoint", copy, if is_cpu { Where::Device } else { Where::Host }, When::Always),
             on("gathered blocks", gathered, Where::Device, When::Always),
-            on("their gradients", reduced, Where::Device, When::Backward),
+            on("their gradients", reduced, Where::Device, stays),
             on("activations", saved, Where::Device, stays),
             on("in computation", alive - saved, Where::Device, stays),
             on("allocator", (holes - 1.0) * alive, Where::Device, stays),
