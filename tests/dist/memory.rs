@@ -143,3 +143,46 @@ fn a_run_that_cannot_fit_is_refused() {
     assert!(expected.iter().all(|part| report.contains(part)), "{report}");
     assert!(case.names("out").is_empty(), "{report}");
 }
+
+/// All weights of 500M parameters on 1, 2 and 4 ranks that share them: the same first step, and memory that falls with the
+/// ranks, but for what every rank gathers: embedding, head and a few blocks, and their gradients.
+#[test]
+#[ignore = "takes 10 GB and minutes: `cargo xtask soak`"]
+fn half_a_billion_parameters_are_shared() {
+    let case = Case::new();
+    let config = |hidden: i64, ffn: i64, layers: i64, heads: i64| {
+        json!({"architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": ffn,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads / 2,
+            "vocab_size": 16384, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512,
+            "tie_word_embeddings": false, "hidden_act": "silu"})
+    };
+    draw_model(&case, "large", &config(1024, 4096, 30, 16));
+    draw_model(&case, "idle", &config(8, 16, 1, 2));
+    let mut held = vec![];
+    let mut first: Option<Value> = None;
+    for ranks in [1, 2, 4] {
+        let arguments: Vec<String> = [
+            format!("--nproc={ranks}"),
+            format!("batch_size={}", 8 / ranks),
+            "model={_component_: llama}".to_owned(),
+            "parallel=shard".to_owned(),
+            "gradient_accumulation_steps=1".to_owned(),
+            "max_steps_per_epoch=2".to_owned(),
+            "optimizer.lr=1e-5".to_owned(),
+            "tokenizer.path=model/tokenizer.json".to_owned(),
+            "~dataset_val".to_owned(),
+        ]
+        .into();
+        let (idle, _) = measure(&case, "idle", &arguments);
+        let (peak, log) = measure(&case, "large", &arguments);
+        println!("{ranks} ranks: {:.3e} bytes on one, loss {}, norm {}", peak - idle, log["loss"], log["grad_norm"]);
+        held.push(peak - idle);
+        let first = first.get_or_insert_with(|| log.clone());
+        for (name, tolerance) in [("loss", 1e-6), ("grad_norm", 1e-5)] {
+            let (one, other) = (first[name].as_f64().unwrap(), log[name].as_f64().unwrap());
+            assert!(((one - other) / one).abs() < tolerance, "{ranks} ranks: {name} {other}, not {one}");
+        }
+    }
+    // 33.6M of 500M numbers are outside of the blocks.
+    assert!(held[1] < 0.65 * held[0] && held[2] < 0.4 * held[0], "{held:?}");
+}

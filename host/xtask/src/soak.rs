@@ -1,4 +1,5 @@
-//! `cargo xtask soak`: the tests of properties with ten times the cases, and `tests/dist/soak.rs`, which uses what the
+//! `cargo xtask soak`: the tests of properties with ten times the cases, a model of 500M parameters that ranks share, and
+//! `tests/dist/soak.rs`, which uses what the
 //! tests of processes use, for as long as asked.
 
 use std::path::Path;
@@ -27,6 +28,9 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     let mut test = cargo(root);
     test.args("test --release --workspace --test cli --test scripting -- properties::".split(' '));
     run_command(test.env("PROPTEST_CASES", PROPERTY_CASES))?;
+    let mut test = cargo(root);
+    test.args("test --release --workspace --test dist -- --ignored --nocapture memory::half_a_billion".split(' '));
+    run_command(&mut test)?;
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let mut test = cargo(root);
     test.args("test --release --workspace --test dist -- --ignored --nocapture --exact soak::soak".split(' '));
