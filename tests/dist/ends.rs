@@ -80,6 +80,21 @@ fn a_rank_that_never_comes_is_named() {
     ");
 }
 
+/// A store that takes connections and never answers is what a rank 0 that was frozen as it started looks like.
+#[test]
+fn a_rank_0_that_never_answers_is_named() {
+    let case = Case::new();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let ended = Ended::of(&mut case.join(1, port, &["--rdzv-timeout", "1"]));
+    assert_eq!(ended.code, 1);
+    let report = ended.report().replace(&port.to_string(), "PORT");
+    assert!(
+        report.contains("error: no word from rank 0 for 12 s") || report.contains("could not be reached"),
+        "{report}"
+    );
+}
+
 /// By Ctrl-C and by a scheduler's SIGTERM: saved at a step, and gone on with as if nothing had happened.
 #[test]
 fn a_stopped_run_saves_and_resumes_bit_for_bit() {

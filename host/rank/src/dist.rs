@@ -37,6 +37,12 @@ impl Group {
     /// Meets the other ranks at the master's address. `timeout` is how long each waits for one that does not come from then
     /// on; here it is the rendezvous's.
     pub fn join(env: &WorkerEnv, timeout: Duration) -> Result<Self> {
+        // For all to come, for a last word, and for each to find each other.
+        let limit = 2 * (env.rendezvous.timeout + LAST_WORD);
+        within(env, limit, || Self::meet(env, timeout))
+    }
+
+    fn meet(env: &WorkerEnv, timeout: Duration) -> Result<Self> {
         let (rank, world_size, meeting) = (env.rank, env.world_size, env.rendezvous.timeout);
         let mut group = Self {
             rank,
@@ -199,6 +205,28 @@ impl Group {
             .hint("that process may be stopped, or its machine out of memory or cut off; see there")
             .hint("`collective_timeout_seconds` is how long ranks wait for each other")
     }
+}
+
+/// Ends this process where the ranks take longer to meet than `limit`: of a store whose process stands still some requests
+/// never return.
+fn within<T>(env: &WorkerEnv, limit: Duration, meet: impl FnOnce() -> T) -> T {
+    let (met, waits) = mpsc::channel::<()>();
+    let env = env.clone();
+    std::thread::spawn(move || {
+        if waits.recv_timeout(limit) != Err(mpsc::RecvTimeoutError::Timeout) {
+            return;
+        }
+        let whom = if env.rank == 0 || env.rendezvous.has_store { "the ranks' meeting point" } else { "rank 0" };
+        let error = Error::run(format!("no word from {whom} for {} s, before the first step", limit.as_secs()))
+            .hint("that process may be stopped, or its machine out of memory or cut off; see there");
+        if env.report.is_none() || env.report(&error).is_err() {
+            eprintln!("{error}");
+        }
+        std::process::exit(error.exit_code().into());
+    });
+    let outcome = meet();
+    drop(met);
+    outcome
 }
 
 /// Tells the other ranks through the store that this one gives up. Where it `waits`, returns those that do not say so
