@@ -149,6 +149,6 @@ pub fn set_num_threads(count: usize) -> Result<()> {
     check(unsafe { sys::host_set_num_threads(count) })
 }
 
-fn c_index(index: usize) -> Result<i32> {
+pub(crate) fn c_index(index: usize) -> Result<i32> {
     i32::try_from(index).map_err(|_| FfiError::new(format!("there is no device cuda:{index}")))
 }

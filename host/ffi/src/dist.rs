@@ -489,7 +489,7 @@ fn local_address(host: &str, port: u16) -> Result<String> {
     Err(fail(last))
 }
 
-fn c_string(what: &str, text: &str) -> Result<CString> {
+pub(crate) fn c_string(what: &str, text: &str) -> Result<CString> {
     CString::new(text).map_err(|_| FfiError(format!("{what} {text:?} holds a NUL byte")))
 }
 
@@ -497,7 +497,7 @@ fn c_int(number: usize) -> Result<i32> {
     i32::try_from(number).map_err(|_| FfiError(format!("{number} ranks are too many")))
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(crate) fn millis(duration: Duration) -> u64 {
     // c10d adds timeouts to clocks: keep far away from overflow.
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).clamp(1, 1_000_000_000)
 }

@@ -1,10 +1,11 @@
 //! NCCL and RCCL, loaded at run time: what a [`Group`](crate::dist::Group) moves the memory of a device with.
 
-use std::ffi::CString;
 use std::time::Duration;
 
 use tch::Tensor;
 
+use crate::backend::c_index;
+use crate::dist::{c_string, millis};
 use crate::{FfiError, Result, check, sys};
 
 /// The library that goes with a GPU half of libtorch, as [`load_accelerator`](crate::backend::load_accelerator) names it.
@@ -17,7 +18,7 @@ pub fn library_of(accelerator: &str) -> &'static str {
 ///
 /// A library that libtorch's GPU half has loaded already is taken by its name alone.
 pub fn version(library: &str) -> Result<String> {
-    let path = c_path(library)?;
+    let path = c_string("the path", library)?;
     let mut version = 0;
     // SAFETY: the path is NUL-terminated and the out-pointer live for the call.
     check(unsafe { sys::host_nccl_version(path.as_ptr(), &mut version) })?;
@@ -30,7 +31,7 @@ const ID_BYTES: usize = 128;
 
 /// Makes the name of a new communicator; one rank does this and tells the others.
 pub(crate) fn unique_id(library: &str) -> Result<Vec<u8>> {
-    let path = c_path(library)?;
+    let path = c_string("the path", library)?;
     let mut id = vec![0; ID_BYTES];
     // SAFETY: the path is NUL-terminated; `id` has the 128 bytes that are written.
     check(unsafe { sys::host_nccl_unique_id(path.as_ptr(), id.as_mut_ptr()) })?;
@@ -55,12 +56,11 @@ impl Nccl {
         if id.len() != ID_BYTES {
             return Err(FfiError(format!("a communicator's name has {ID_BYTES} bytes, not {}", id.len())));
         }
-        let path = c_path(library)?;
-        let device = i32::try_from(device).map_err(|_| FfiError(format!("there is no device cuda:{device}")))?;
-        let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX).clamp(1, 1_000_000_000);
+        let path = c_string("the path", library)?;
+        let (device, timeout) = (c_index(device)?, millis(timeout));
         let mut raw = std::ptr::null_mut();
         // SAFETY: path and id are live for the call, the id has its 128 bytes, `raw` receives what this value frees.
-        check(unsafe { sys::host_nccl_new(path.as_ptr(), id.as_ptr(), rank, world_size, device, millis, &mut raw) })?;
+        check(unsafe { sys::host_nccl_new(path.as_ptr(), id.as_ptr(), rank, world_size, device, timeout, &mut raw) })?;
         Ok(Self { raw })
     }
 
@@ -128,8 +128,4 @@ impl Drop for NcclWork {
         // SAFETY: came from a collective and is freed once.
         unsafe { sys::host_nccl_work_free(self.0) }
     }
-}
-
-fn c_path(library: &str) -> Result<CString> {
-    CString::new(library).map_err(|_| FfiError(format!("the path {library:?} holds a NUL byte")))
 }

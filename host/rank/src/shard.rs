@@ -215,7 +215,8 @@ impl Sharding {
         let unit = index + 1;
         self.gather(unit)?;
         self.start_gather(unit + 1)?;
-        if !records(&x) {
+        // No backward pass will come through it.
+        if !x.requires_grad() {
             return Ok(x);
         }
         let sharding = Rc::clone(self);
@@ -225,7 +226,7 @@ impl Sharding {
     /// Block `index` has made `y`.
     pub fn leave(self: &Rc<Self>, index: usize, y: Tensor) -> Result<Tensor> {
         let unit = index + 1;
-        let is_recorded = records(&y);
+        let is_recorded = y.requires_grad();
         // The last block is the first that backward needs.
         if self.reshard_after_forward && !(is_recorded && unit + 1 == self.last()) {
             self.free(unit)?;
@@ -398,9 +399,4 @@ fn check(config: &ModelConfig, ranks: usize) -> Result<()> {
     }
     Err(Error::config(format!("{ranks} ranks cannot share {smallest} numbers"))
         .hint("start fewer ranks, or set `parallel: replicate`"))
-}
-
-/// Whether a backward pass will come through `x`.
-fn records(x: &Tensor) -> bool {
-    x.requires_grad()
 }
