@@ -211,8 +211,8 @@ fn mistakes_in_a_description_of_hardware_have_their_line() {
     assert_snapshot!(case.host(&["plan", "--config", "c.yaml", "data_parallel_shard_dim=4", "--nproc", "2"]), @"
     exit 2
     --- stderr
-    error: `data_parallel_shard_dim` is 4, and there are 2 ranks
-    hint: set it to -1, which is as many as there are: several copies that are sharded each are not available
+    error: `data_parallel_shard_dim` is 4, `data_parallel_replicate_dim` 1, and there are 2 ranks
+    hint: their product has to be the number of ranks; `data_parallel_shard_dim: -1` is as many as there are for a copy
     ");
 }
 

@@ -42,10 +42,13 @@ fn a_killed_rank_ends_the_run_and_is_named() {
 /// Nobody tells that it stands still: the others wait for it as long as the config says, and name it.
 #[test]
 fn a_frozen_rank_ends_the_run_and_is_named() {
-    for rank in [0, 1, 2] {
+    let three: &[&str] = &["--nproc", "3"];
+    let sharing = &["--nproc", "3", "parallel=shard"];
+    let copies = &["--nproc", "4", "data_parallel_replicate_dim=2", "gradient_accumulation_steps=1"];
+    for (rank, ranks) in [(0, three), (2, three), (1, sharing), (2, copies)] {
         let case = Case::new();
-        let settings = ["--nproc", "3", "epochs=20", "collective_timeout_seconds=4"];
-        let mut run = Running::start(&mut case.run(WASM, &[LONG, &settings].concat()));
+        let settings = [LONG, ranks, &["epochs=20", "collective_timeout_seconds=4"]].concat();
+        let mut run = Running::start(&mut case.run(WASM, &settings));
         run.wait_for_steps(&case, "out", 3);
         let workers = run.workers();
         kill_process(workers[rank].1, Signal::STOP).unwrap();

@@ -86,6 +86,16 @@ fn a_model_that_ranks_share_trains_and_is_saved_in_pieces() {
     ");
     std::fs::write(&second, kept).unwrap();
     assert!(resume().starts_with("exit 0"));
+
+    // Two copies, each over two ranks, of which one writes.
+    let copies =
+        ["output_dir=copies", "data_parallel_replicate_dim=2", "--nproc", "4", "gradient_accumulation_steps=1"];
+    let ended = Ended::of(&mut case.run("full_finetune_distributed", &[&whole[..2], &copies].concat()));
+    let said = "2 copies sharded over 2 ranks each, loaded";
+    assert!(ended.code == 0 && ended.stderr.contains(said), "{}", ended.stderr);
+    assert_close(&case.log("copies"), &case.log("whole")[..STEPS]);
+    let of_copies = case.contents("copies/epoch_0");
+    assert_eq!(of_copies.keys().filter(|name| name.starts_with("resume-")).collect::<Vec<_>>(), [&name(1), &name(2)]);
 }
 
 #[test]

@@ -61,7 +61,8 @@ fn shard(plan: &mut TrainPlan) {
 }
 
 /// A model of which every rank has a piece trains as one that each has whole: an adapter over frozen pieces, and all
-/// weights; given back after each forward or kept for the step; in the memory of the device or of the machine.
+/// weights; given back after each forward or kept for the step; in the memory of the device or of the machine; in one copy
+/// or several.
 #[test]
 fn sharding_changes_nothing() {
     let run = |world: usize, change: &dyn Fn(&mut TrainPlan)| {
@@ -78,12 +79,14 @@ fn sharding_changes_nothing() {
         };
         let replicated = run(1, &method);
         let what = if whole { "every weight" } else { "an adapter" };
-        for (name, world, reshard, offload, layout) in [
-            ("one rank", 1, true, false, Layout::Varlen),
-            ("two ranks", 2, true, false, Layout::Varlen),
-            ("four ranks", 4, true, false, Layout::Varlen),
-            ("two ranks, kept for a step", 2, false, false, Layout::Varlen),
-            ("two ranks, offloaded, padded", 2, true, true, Layout::Padded),
+        for (name, (world, copies), reshard, offload, layout) in [
+            ("one rank", (1, 1), true, false, Layout::Varlen),
+            ("two ranks", (2, 1), true, false, Layout::Varlen),
+            ("four ranks", (4, 1), true, false, Layout::Varlen),
+            ("two ranks, kept for a step", (2, 1), false, false, Layout::Varlen),
+            ("two ranks, offloaded, padded", (2, 1), true, true, Layout::Padded),
+            ("two of four ranks", (4, 2), true, false, Layout::Varlen),
+            ("two of four ranks, kept for a step", (4, 2), false, false, Layout::Varlen),
         ] {
             if !support::can_share(world) {
                 continue;
@@ -93,6 +96,7 @@ fn sharding_changes_nothing() {
                 shard(plan);
                 plan.placement.reshard_after_forward = reshard;
                 plan.placement.cpu_offload = offload;
+                plan.placement.copies = Some(copies);
                 plan.layout = layout;
             });
             same(&format!("{what}, sharded over {name}, and replicated"), &sharded, &replicated);
@@ -138,10 +142,11 @@ fn a_batch_without_labels_needs_the_others_too() {
 /// of shared ones every block for forward and for backward and the gradients once, or each once for the whole step.
 #[test]
 fn a_step_moves_as_many_bytes_as_it_must() {
-    const RANKS: i64 = 2;
+    // That share a copy of the model.
+    const SHARED: i64 = 2;
     let config = host::hf::ModelConfig::read(&support::tiny_model()).unwrap();
-    let shards = host_rank::shard::Shards::new(&config, RANKS as usize);
-    let unit = |index: usize| shards.piece(index) * RANKS;
+    let shards = host_rank::shard::Shards::new(&config, SHARED as usize);
+    let unit = |index: usize| shards.piece(index) * SHARED;
     let units = shards.units.len();
     let all: i64 = (0..units).map(unit).sum();
     // The last block stays from its forward to its backward.
@@ -153,27 +158,34 @@ fn a_step_moves_as_many_bytes_as_it_must() {
         .map(|linear| linear.inputs + linear.outputs)
         .sum::<i64>();
     let scalars = 9;
-    // An all-reduce brings 2 (n - 1) / n of what it reduces, the others (n - 1) / n of the whole.
-    for (what, is_whole, parallel, keeps, passes) in [
-        ("an adapter, replicated", false, Parallel::Replicate, false, 2 * (adapter + scalars)),
-        ("an adapter over pieces", false, Parallel::Shard, false, 2 * (adapter + scalars) + all + again),
-        ("every weight, replicated", true, Parallel::Replicate, false, 2 * (shards.total() + scalars)),
-        ("every weight in pieces", true, Parallel::Shard, false, 2 * scalars + all + again + all),
-        ("every weight in pieces that are kept", true, Parallel::Shard, true, 2 * scalars + all + all),
+    // An all-reduce brings 2 (n - 1) / n of what it reduces, the others (n - 1) / n of the whole: of all ranks, then of those
+    // that share a copy and of those that have the same piece.
+    let piece = shards.size();
+    for (what, is_whole, parallel, copies, keeps, [of_all, shared, of_copies]) in [
+        ("an adapter, replicated", false, Parallel::Replicate, 1, false, [2 * (adapter + scalars), 0, 0]),
+        ("an adapter over pieces", false, Parallel::Shard, 1, false, [2 * (adapter + scalars), all + again, 0]),
+        ("every weight, replicated", true, Parallel::Replicate, 1, false, [2 * (shards.total() + scalars), 0, 0]),
+        ("every weight in pieces", true, Parallel::Shard, 1, false, [2 * scalars, all + again + all, 0]),
+        ("every weight in pieces that are kept", true, Parallel::Shard, 1, true, [2 * scalars, all + all, 0]),
+        ("an adapter over two copies", false, Parallel::Shard, 2, false, [2 * (adapter + scalars), all + again, 0]),
+        ("two copies in pieces", true, Parallel::Shard, 2, false, [2 * scalars, all + again + all, 2 * piece]),
     ] {
+        let ranks = SHARED * copies;
         let dir = tempfile::tempdir().unwrap();
         let mut plan = support::golden_plan(dir.path());
         if is_whole {
             support::train_whole(&mut plan);
         }
-        plan.gradient_accumulation_steps /= RANKS as usize;
+        plan.gradient_accumulation_steps /= ranks as usize;
         // One micro-batch a rank.
         plan.tokens_per_microbatch = 100_000;
         (plan.placement.parallel, plan.placement.reshard_after_forward) = (parallel, !keeps);
-        support::train(&plan, &support::golden_rows(), RANKS as usize, 3);
+        plan.placement.copies = Some(copies as usize);
+        support::train(&plan, &support::golden_rows(), ranks as usize, 3);
         let received: Vec<f64> =
             support::log_lines(&plan).iter().map(|line| line["bytes_received"].as_f64().unwrap()).collect();
-        let expected = (passes * 4 * (RANKS - 1) / RANKS) as f64;
+        let others = |passes: i64, ranks: i64| passes * 4 * (ranks - 1) / ranks;
+        let expected = (others(of_all, ranks) + others(shared, SHARED) + others(of_copies, copies)) as f64;
         // Before the first step the ranks compare notes.
         assert_eq!(received[1..], [expected; 2], "{what}");
     }
@@ -266,25 +278,30 @@ fn a_sharded_run_resumes_anywhere() {
     let whole = |plan: &mut TrainPlan| support::train_whole(plan);
     let straight_dir = tempfile::tempdir().unwrap();
     let straight = run(straight_dir.path(), 1, whole);
-    for (before, after) in [(2, 2), (2, 4), (4, 2), (2, 0), (0, 2)] {
-        if !support::can_share(before.max(after)) {
+    // Ranks, none where each has the model whole, and copies of it.
+    let (none, two, four, two_copies) = ((0, 1), (2, 1), (4, 1), (4, 2));
+    for (before, after) in
+        [(two, two), (two, four), (four, two), (two, none), (none, two), (two, two_copies), (two_copies, four)]
+    {
+        if !support::can_share(before.0.max(after.0)) {
             continue;
         }
         let dir = tempfile::tempdir().unwrap();
-        let spread = |ranks: usize| {
+        let spread = |(ranks, copies): (usize, usize)| {
             move |plan: &mut TrainPlan| {
                 support::train_whole(plan);
                 if ranks > 0 {
                     shard(plan);
+                    plan.placement.copies = Some(copies);
                 }
             }
         };
-        run_until(dir.path(), before.max(1), 7, spread(before));
-        let resumed = run(dir.path(), after.max(1), |plan| {
+        run_until(dir.path(), before.0.max(1), 7, spread(before));
+        let resumed = run(dir.path(), after.0.max(1), |plan| {
             spread(after)(plan);
             plan.checkpoint.resume = true;
         });
-        same(&format!("resumed on {after} after {before} shards"), &resumed, &straight);
+        same(&format!("resumed on {after:?} after {before:?} shards and copies"), &resumed, &straight);
     }
 }
 

@@ -151,6 +151,7 @@ pub fn golden_plan(output_dir: &Path) -> TrainPlan {
             cpu_offload: false,
             checkpoint_every: None,
             shard_ranks: None,
+            copies: None,
         },
         compat_torchtune: false,
         limits: GuestLimits::default(),
@@ -218,9 +219,12 @@ pub fn train(plan: &TrainPlan, rows: &[Sample], world: usize, most_steps: usize)
             .collect();
         ranks.into_iter().map(|rank| rank.join().expect("a rank failed")).collect()
     });
+    let is_shared = plan.placement.parallel == Parallel::Shard && plan.model.lora.is_none();
+    let mut ranks = ranks;
+    let copies = ranks.split_off(if is_shared { world / plan.placement.copies.unwrap_or(1) } else { world });
+    assert!(copies.iter().zip(ranks.iter().cycle()).all(|(copy, rank)| copy == rank), "copies differ");
     let mut ranks = ranks.into_iter();
     let (mut gradients, mut parameters) = ranks.next().unwrap();
-    let is_shared = plan.placement.parallel == Parallel::Shard && plan.model.lora.is_none();
     for (others, pieces) in ranks {
         if is_shared {
             parameters.iter_mut().zip(pieces).for_each(|(number, other)| *number += other);
@@ -235,9 +239,9 @@ pub fn train(plan: &TrainPlan, rows: &[Sample], world: usize, most_steps: usize)
 
 /// The pieces of a rank where they belong in the whole, with zeros where other ranks' are; the whole as it is.
 fn spread_out(run: &Run, pieces: Vec<f32>) -> Vec<f32> {
-    let Some(shards) = run.shards() else { return pieces };
-    let mut whole = vec![0.0; shards.total() as usize];
-    for (begin, kept) in shards.of_rank(run.rank() as i64) {
+    let Some(sharding) = run.sharding() else { return pieces };
+    let mut whole = vec![0.0; sharding.shards.total() as usize];
+    for (begin, kept) in sharding.kept() {
         let (from, to) = (kept.start as usize, kept.end as usize);
         whole[from..to].copy_from_slice(&pieces[begin as usize..][..to - from]);
     }

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -31,6 +32,10 @@ pub struct Group {
     prefix: String,
     /// The one under way; 0 before the first.
     step: Cell<usize>,
+    /// What collectives on a device go through, and the device.
+    attached: Option<(&'static str, usize)>,
+    /// Of a part of the ranks: all of them.
+    whole: Option<Rc<Group>>,
 }
 
 impl Group {
@@ -52,6 +57,8 @@ impl Group {
             store: Cell::default(),
             prefix: format!("host/{}", env.rendezvous.attempt),
             step: Cell::default(),
+            attached: None,
+            whole: None,
         };
         if world_size == 1 {
             return Ok(group);
@@ -80,13 +87,53 @@ impl Group {
         let library = device::collectives_library(libtorch_lib)?;
         let version = host_ffi::nccl::version(library).torch("load the library for collectives on GPUs");
         let version = version.map_err(|error| error.hint("`distributed_backend: gloo` does without it, slower"))?;
-        self.inner
-            .attach(library, index, self.timeout)
-            .map_err(|error| self.lost("the ranks' GPUs could not find each other", error))?;
+        self.attach_to(library, index)?;
         if self.is_main() {
             tracing::info!("collectives: {library} {version}");
         }
         Ok(())
+    }
+
+    fn attach_to(&mut self, library: &'static str, device: usize) -> Result<()> {
+        let attached = self.inner.attach(library, device, self.timeout);
+        attached.map_err(|error| self.lost("the ranks' GPUs could not find each other", error))?;
+        self.attached = Some((library, device));
+        Ok(())
+    }
+
+    /// This rank's two groups of a world of `copies` runs of ranks: the ranks of its run, and those at its place in each run.
+    /// Every rank has to ask.
+    pub fn split(self: &Rc<Self>, copies: usize) -> Result<(Rc<Self>, Rc<Self>)> {
+        let each = self.world_size / copies;
+        let (copy, place) = (self.rank / each, self.rank % each);
+        let run = self.part(&format!("run {copy}"), (place, each))?;
+        Ok((run, self.part(&format!("place {place}"), (copy, copies))?))
+    }
+
+    fn part(self: &Rc<Self>, name: &str, (rank, world_size): (usize, usize)) -> Result<Rc<Self>> {
+        if world_size == self.world_size {
+            return Ok(Rc::clone(self));
+        }
+        let name = format!("{}/{name}", self.prefix);
+        let store = self.store.take().ok_or_else(|| Error::bug("ranks that have given up cannot be parted"))?;
+        let joined = dist::Group::join(&store, &name, rank, world_size, self.timeout);
+        self.store.set(Some(store));
+        let inner = joined.map_err(|error| self.lost("the ranks could not find each other", error))?;
+        let mut part = Self {
+            rank,
+            world_size,
+            inner,
+            timeout: self.timeout,
+            store: Cell::default(),
+            prefix: name,
+            step: Cell::default(),
+            attached: None,
+            whole: Some(Rc::clone(self)),
+        };
+        if let Some((library, device)) = self.attached.filter(|_| world_size > 1) {
+            part.attach_to(library, device)?;
+        }
+        Ok(Rc::new(part))
     }
 
     /// Which step errors are to name from now on.
@@ -112,17 +159,17 @@ impl Group {
 
     /// Starts to fill `whole` with the shards of all ranks.
     pub fn all_gather_into(&self, whole: &Tensor, shard: &Tensor) -> Result<dist::Work> {
-        self.inner.all_gather_into(whole, shard).map_err(|error| lost_peer("an all-gather failed", error))
+        self.inner.all_gather_into(whole, shard).map_err(|error| self.lost("an all-gather failed", error))
     }
 
     /// Starts to fill `shard` with this rank's part of the sum of `whole` over all ranks.
     pub fn reduce_scatter_sum(&self, shard: &Tensor, whole: &Tensor) -> Result<dist::Work> {
-        self.inner.reduce_scatter_sum(shard, whole).map_err(|error| lost_peer("a reduce-scatter failed", error))
+        self.inner.reduce_scatter_sum(shard, whole).map_err(|error| self.lost("a reduce-scatter failed", error))
     }
 
     /// Waits for what was started.
     pub fn wait(&self, work: dist::Work) -> Result<()> {
-        work.wait().map_err(|error| lost_peer("a collective failed", error))
+        work.wait().map_err(|error| self.lost("a collective failed", error))
     }
 
     pub fn is_main(&self) -> bool {
@@ -186,6 +233,9 @@ impl Group {
     /// What a failed collective says: which rank did not come where some did not, else that another rank is the cause, whose own
     /// error the launcher reports instead.
     fn lost(&self, what: &str, error: host_ffi::FfiError) -> Error {
+        if let Some(whole) = &self.whole {
+            return whole.lost(what, error);
+        }
         let text = error.to_string().to_lowercase();
         let is_late = text.contains("did not take part") || text.contains("timed out") || text.contains("timeout");
         let missing =
@@ -325,11 +375,6 @@ fn unreached(env: &WorkerEnv, cause: &host_ffi::FfiError) -> Error {
 pub fn named(ranks: &[usize]) -> String {
     let list = ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     format!("rank{} {list}", if ranks.len() == 1 { "" } else { "s" })
-}
-
-/// An error that says another rank is the cause: the launcher reports that rank's own error instead.
-fn lost_peer(what: &str, error: host_ffi::FfiError) -> Error {
-    stopped(what).cause(error)
 }
 
 /// A rank that has no mistake of its own: another rank reports the cause.

@@ -26,22 +26,34 @@ use crate::torch::TorchContext;
 /// Over whom a model is spread, and how.
 #[derive(Clone)]
 pub struct Spread {
+    /// The ranks that share a copy of the model with this one.
     pub group: Rc<Group>,
+    /// Those that have the same pieces of the other copies.
+    pub copies: Rc<Group>,
     pub placement: Placement,
 }
 
+impl Spread {
+    /// Over the ranks of `world`; each has to ask.
+    pub fn new(world: &Rc<Group>, placement: Placement) -> Result<Self> {
+        let (group, copies) = world.split(placement.copies)?;
+        Ok(Self { group, copies, placement })
+    }
+}
+
 pub struct Sharding {
-    group: Rc<Group>,
+    pub spread: Spread,
     pub shards: Shards,
     units: Vec<Unit>,
     /// By checkpoint name.
     tensors: BTreeMap<String, Tensor>,
     device: Device,
-    reshard_after_forward: bool,
     /// Memory of units that are away, which the next of that size takes: from and to the allocator it would leave holes.
     spare: RefCell<Vec<Tensor>>,
     /// The unit whose gradients are on their way, and where they arrive.
     reducing: RefCell<Option<(usize, Work, Tensor)>>,
+    /// Gradients have come that the other copies have not heard of.
+    has_news: Cell<bool>,
 }
 
 struct Unit {
@@ -132,7 +144,7 @@ impl Sharding {
         pieces: Pieces,
         (kind, device): (Kind, Device),
     ) -> Result<Rc<Self>> {
-        let Spread { group, placement } = spread.clone();
+        let (group, placement) = (&spread.group, spread.placement);
         check(config, group.world_size)?;
         let shards = Shards::new(config, group.world_size);
         let kept_on = if placement.cpu_offload { Device::Cpu } else { device };
@@ -168,9 +180,8 @@ impl Sharding {
             let (state, has_grad) = (RefCell::new(State::Away), Cell::new(false));
             units.push(Unit { whole, grad, shard, shard_grad, state, has_grad });
         }
-        let reshard_after_forward = placement.reshard_after_forward;
-        let (reducing, spare) = (RefCell::default(), RefCell::default());
-        let sharding = Self { group, shards, units, tensors, device, reshard_after_forward, spare, reducing };
+        let (reducing, spare, has_news) = (RefCell::default(), RefCell::default(), Cell::default());
+        let sharding = Self { spread: spread.clone(), shards, units, tensors, device, spare, reducing, has_news };
         sharding.read(weights)?;
         Ok(Rc::new(sharding))
     }
@@ -178,7 +189,7 @@ impl Sharding {
     /// Takes this rank's numbers of a checkpoint, and reads no others.
     pub fn read(&self, weights: &Weights) -> Result<()> {
         let shards = &self.shards;
-        for (unit, (_, kept)) in self.units.iter().zip(shards.of_rank(self.group.rank as i64)) {
+        for (unit, (_, kept)) in self.units.iter().zip(self.kept()) {
             for (name, shape, start) in &shards.tensors {
                 let end = start + shape.iter().product::<i64>();
                 let (from, to) = (kept.start.max(*start), kept.end.min(end));
@@ -197,6 +208,15 @@ impl Sharding {
 
     pub fn tensors(&self) -> impl Iterator<Item = (&String, &Tensor)> {
         self.tensors.iter()
+    }
+
+    /// The canonical numbers that this rank keeps, as [`Shards::of_rank`] has them.
+    pub fn kept(&self) -> impl Iterator<Item = (i64, Range<i64>)> {
+        self.shards.of_rank(self.spread.group.rank as i64)
+    }
+
+    fn reshards(&self) -> bool {
+        self.spread.placement.reshard_after_forward
     }
 
     fn last(&self) -> usize {
@@ -228,7 +248,7 @@ impl Sharding {
         let unit = index + 1;
         let is_recorded = y.requires_grad();
         // The last block is the first that backward needs.
-        if self.reshard_after_forward && !(is_recorded && unit + 1 == self.last()) {
+        if self.reshards() && !(is_recorded && unit + 1 == self.last()) {
             self.free(unit)?;
         }
         if !is_recorded {
@@ -258,7 +278,7 @@ impl Sharding {
     }
 
     fn after_backward(&self, unit: usize) -> Result<()> {
-        if self.reshard_after_forward {
+        if self.reshards() {
             self.free(unit)?;
             self.start_reduce(unit)?;
         }
@@ -267,13 +287,20 @@ impl Sharding {
 
     /// A micro-batch is done: nothing of it is needed any more.
     pub fn end_batch(&self) -> Result<()> {
-        if self.reshard_after_forward { self.release() } else { Ok(()) }
+        if self.reshards() { self.release() } else { Ok(()) }
     }
 
     /// A step's gradients are complete: afterwards the pieces hold their sums over all ranks, and what was gathered, which
     /// is about to change, is given back.
     pub fn end_step(&self) -> Result<()> {
-        self.release()
+        self.release()?;
+        let is_told = !self.has_news.take() || self.spread.copies.world_size == 1;
+        for grad in self.units.iter().filter_map(|unit| unit.shard_grad.as_ref()).filter(|_| !is_told) {
+            let sum = grad.to_kind(Kind::Float);
+            self.spread.copies.all_reduce_sum(&sum)?;
+            tch::no_grad(|| grad.shallow_clone().copy_(&sum));
+        }
+        Ok(())
     }
 
     /// Reduces what gradients there are and gives everything back.
@@ -284,7 +311,7 @@ impl Sharding {
         self.finish_reduce()?;
         // Frozen weights that stay between forward and backward stay for good.
         let is_trained = self.units[0].grad.is_some();
-        if is_trained || self.reshard_after_forward {
+        if is_trained || self.reshards() {
             for unit in 0..self.units.len() {
                 self.free(unit)?;
             }
@@ -299,7 +326,7 @@ impl Sharding {
         if let State::Away = *state {
             self.take(&unit.whole)?;
             let shard = unit.shard.detach().to_device(self.device).to_kind(unit.whole.kind());
-            *state = State::Coming(self.group.all_gather_into(&unit.whole, &shard)?);
+            *state = State::Coming(self.spread.group.all_gather_into(&unit.whole, &shard)?);
         }
         Ok(())
     }
@@ -309,7 +336,7 @@ impl Sharding {
         self.start_gather(index)?;
         let mut state = self.units[index].state.borrow_mut();
         if let State::Coming(work) = std::mem::replace(&mut *state, State::Here) {
-            self.group.wait(work)?;
+            self.spread.group.wait(work)?;
         }
         Ok(())
     }
@@ -319,7 +346,7 @@ impl Sharding {
         let before = unit.state.replace(State::Away);
         match before {
             State::Away => return Ok(()),
-            State::Coming(work) => self.group.wait(work)?,
+            State::Coming(work) => self.spread.group.wait(work)?,
             State::Here => {}
         }
         self.give_back(&unit.whole)
@@ -372,19 +399,20 @@ impl Sharding {
         let unit = &self.units[index];
         let Some(grad) = unit.grad.as_ref().filter(|_| unit.has_grad.get()) else { return Ok(()) };
         let sum = Tensor::empty([unit.shard.size()[0]], (grad.kind(), grad.device()));
-        let work = self.group.reduce_scatter_sum(&sum, grad)?;
+        let work = self.spread.group.reduce_scatter_sum(&sum, grad)?;
         *self.reducing.borrow_mut() = Some((index, work, sum));
         Ok(())
     }
 
     fn finish_reduce(&self) -> Result<()> {
         let Some((index, work, sum)) = self.reducing.take() else { return Ok(()) };
-        self.group.wait(work)?;
+        self.spread.group.wait(work)?;
         let unit = &self.units[index];
         if let (Some(total), Some(grad)) = (&unit.shard_grad, &unit.grad) {
             let sum = sum.to_device(total.device()).to_kind(total.kind());
             tch::no_grad(|| drop(total.shallow_clone().g_add_(&sum)));
             unit.has_grad.set(false);
+            self.has_news.set(true);
             self.give_back(grad)?;
         }
         Ok(())

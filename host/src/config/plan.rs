@@ -562,8 +562,10 @@ pub struct PlacementPlan {
     pub cpu_offload: bool,
     /// Every n-th block's activations are computed again in backward; none: all are kept.
     pub checkpoint_every: Option<usize>,
-    /// `data_parallel_shard_dim`: the ranks that there have to be.
+    /// `data_parallel_shard_dim`: the ranks that share a copy; none: as many as there are.
     pub shard_ranks: Option<usize>,
+    /// `data_parallel_replicate_dim`: copies that are shared so; none: left open.
+    pub copies: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

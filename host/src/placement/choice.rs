@@ -78,7 +78,7 @@ impl Question<'_> {
 /// Chooses among the placements that the plan leaves open: what fits before what does not, then the fastest, then the
 /// plainest.
 pub fn choose(question: &Question<'_>) -> Result<Choice> {
-    let open = Placement::open_to(&question.plan.placement, question.ranks.world_size)?;
+    let open = Placement::open_to(&question.plan.placement, question.ranks)?;
     let candidates: Vec<Candidate> =
         open.into_iter().map(|placement| question.candidate(placement, Way::Host)).collect();
     let better = |one: &Candidate, other: &Candidate| match (one.fits, other.fits) {
@@ -122,7 +122,7 @@ impl Choice {
 fn ways_out(question: &Question<'_>, placement: Placement) -> Vec<String> {
     let mut ways = vec![];
     let ranks = question.ranks;
-    let sharded = Placement { is_sharded: true, reshard_after_forward: true, ..placement };
+    let sharded = Placement { is_sharded: true, copies: 1, reshard_after_forward: true, ..placement };
     if ranks.world_size > 1 && placement != sharded && question.would_fit(sharded) {
         ways.push("`parallel=shard fsdp_reshard_after_forward=True` would fit".to_owned());
     }

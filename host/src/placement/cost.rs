@@ -92,13 +92,18 @@ impl Cost {
         let rate = hardware.tflops * 1e12 / if hardware.is_cpu { on_node } else { 1.0 };
         let compute_seconds = flops / rate;
 
-        let others = (ranks.world_size - 1) as f64 / ranks.world_size as f64;
-        let link = 1e9 * if ranks.nodes > 1 { hardware.node_link_gb_s } else { hardware.link_gb_s };
+        let others = |ranks: usize| (ranks - 1) as f64 / ranks as f64;
+        let link = |is_far: bool| 1e9 * if is_far { hardware.node_link_gb_s } else { hardware.link_gb_s };
         let (gathered, summed) = communication(job, placement, microbatches, way);
-        let (gathered, summed) = (gathered * others, summed * others);
-        let communication_seconds = (gathered + summed) / link;
+        let shared_by = placement.shard_ranks(ranks.world_size);
+        // What each copy has summed of its gradients the copies add up.
+        let between = 2.0 * 4.0 * if job.trains_all() { job.num_trained() / shared_by as f64 } else { 0.0 };
+        let (gathered, summed, between) =
+            (gathered * others(shared_by), summed * others(ranks.world_size), between * others(placement.copies));
+        let gathering_seconds = gathered / link(shared_by as f64 > on_node);
+        let communication_seconds = gathering_seconds + (summed + between) / link(ranks.nodes > 1);
         // The next block is fetched while one is computed; a sum at the end of a step waits for all of it.
-        let hidden_seconds = if way == Way::Host { (gathered / link).min(compute_seconds) } else { 0.0 };
+        let hidden_seconds = if way == Way::Host { gathering_seconds.min(compute_seconds) } else { 0.0 };
         let step_seconds = compute_seconds + communication_seconds - hidden_seconds;
 
         let disk = hardware.disk_gb_s * 1e9;
@@ -129,7 +134,7 @@ impl Cost {
             tokens,
             flops,
             compute_seconds,
-            bytes_received: gathered + summed,
+            bytes_received: gathered + summed + between,
             communication_seconds,
             hidden_seconds,
             step_seconds,
@@ -160,8 +165,8 @@ fn flops(job: &Job, placement: &Placement, length: f64, tokens: f64, scored: f64
     tokens * ((passes + recomputed) * weights + attention + adapters) + scored * of_head * job.head()
 }
 
-/// Bytes of a step that are gathered (or scattered) along with the computation, and those that are summed at its end; of
-/// each a rank receives the others' share.
+/// Bytes of a step that are gathered (or scattered) along with the computation among the ranks of a copy, and those that all
+/// ranks sum at its end; of each a rank receives the others' share.
 fn communication(job: &Job, placement: &Placement, microbatches: f64, way: Way) -> (f64, f64) {
     let trained = job.num_trained();
     if !placement.is_sharded {

@@ -67,7 +67,7 @@ pub struct Memory {
 impl Memory {
     /// Estimates what a rank of `world_size` takes.
     pub fn estimate(job: &Job, placement: &Placement, world_size: usize, is_cpu: bool) -> Self {
-        let ranks = world_size as f64;
+        let ranks = placement.shard_ranks(world_size) as f64;
         let share = |bytes: f64| if placement.is_sharded { bytes / ranks } else { bytes };
         let shards = if placement.cpu_offload && !is_cpu { Where::Host } else { Where::Device };
         let (all, trained) = (job.num_parameters(), job.num_trained());

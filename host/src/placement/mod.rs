@@ -25,6 +25,8 @@ mod tests;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Placement {
     pub is_sharded: bool,
+    /// Shards: how many copies of the model there are, each over as many ranks; 1 where ranks have it whole.
+    pub copies: usize,
     /// Shards: a block is freed after its forward, and gathered again for backward.
     pub reshard_after_forward: bool,
     /// Shards are kept in the machine's memory.
@@ -34,38 +36,49 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// What a plan says, `sharded` where it leaves that open.
-    pub fn new(plan: &PlacementPlan, is_sharded: bool) -> Self {
+    /// What a plan says, with ranks that have the whole model, or sharded as so many copies.
+    pub fn new(plan: &PlacementPlan, copies: Option<usize>) -> Self {
+        let is_sharded = copies.is_some();
         Self {
             is_sharded,
+            copies: copies.unwrap_or(1),
             reshard_after_forward: is_sharded && plan.reshard_after_forward,
             cpu_offload: is_sharded && plan.cpu_offload,
             checkpoint_every: plan.checkpoint_every,
         }
     }
 
-    /// Those that a plan leaves open, for a number of ranks; the plainest first.
-    pub fn open_to(plan: &PlacementPlan, world_size: usize) -> Result<Vec<Self>> {
-        if let Some(ranks) = plan.shard_ranks
-            && ranks != world_size
-        {
-            let what = format!("`data_parallel_shard_dim` is {ranks}, and there are {world_size} ranks");
-            return Err(Error::config(what).hint(
-                "set it to -1, which is as many as there are: several copies that are sharded each are not available",
-            ));
+    /// Those that a plan leaves open; the plainest first.
+    pub fn open_to(plan: &PlacementPlan, ranks: Ranks) -> Result<Vec<Self>> {
+        let world_size = ranks.world_size;
+        let mut sharded = vec![copies(plan, world_size)?];
+        // A copy on each machine: what is gathered stays on the faster links.
+        let is_open = plan.copies.is_none() && plan.shard_ranks.is_none();
+        if plan.parallel == Parallel::Auto && is_open && ranks.nodes > 1 && world_size > ranks.nodes {
+            sharded.extend(world_size.is_multiple_of(ranks.nodes).then_some(ranks.nodes));
         }
-        let sharded: &[bool] = match plan.parallel {
-            Parallel::Replicate => &[false],
-            Parallel::Shard => &[true],
-            Parallel::Auto if world_size == 1 => &[false],
-            Parallel::Auto => &[false, true],
+        let all_whole = plan.copies.is_some_and(|copies| copies > 1 && copies == world_size);
+        let open = match plan.parallel {
+            Parallel::Replicate => vec![None],
+            _ if all_whole => vec![None],
+            Parallel::Shard => sharded.into_iter().map(Some).collect(),
+            Parallel::Auto if world_size == 1 => vec![None],
+            Parallel::Auto => std::iter::once(None).chain(sharded.into_iter().map(Some)).collect(),
         };
-        Ok(sharded.iter().map(|is_sharded| Self::new(plan, *is_sharded)).collect())
+        Ok(open.into_iter().map(|copies| Self::new(plan, copies)).collect())
+    }
+
+    /// Ranks that share a copy.
+    pub fn shard_ranks(&self, world_size: usize) -> usize {
+        if self.is_sharded { world_size / self.copies } else { 1 }
     }
 
     /// As a person says it: `shard, resharded after forward, …`.
     pub fn describe(&self) -> String {
         let mut words = vec![if self.is_sharded { "shard" } else { "replicate" }.to_owned()];
+        if self.copies > 1 {
+            words.push(format!("{} copies", self.copies));
+        }
         if self.is_sharded && !self.reshard_after_forward {
             words.push("kept gathered".to_owned());
         }
@@ -78,4 +91,21 @@ impl Placement {
         }));
         words.join(", ")
     }
+}
+
+/// As how many copies `world_size` ranks share a model by the plan's keys.
+fn copies(plan: &PlacementPlan, world_size: usize) -> Result<usize> {
+    let copies = plan.copies.unwrap_or(1);
+    if copies * plan.shard_ranks.unwrap_or(world_size / copies) == world_size {
+        return Ok(copies);
+    }
+    let what = match plan.shard_ranks {
+        Some(ranks) => format!(
+            "`data_parallel_shard_dim` is {ranks}, `data_parallel_replicate_dim` {copies}, and there are {world_size} ranks"
+        ),
+        None => format!("`data_parallel_replicate_dim` is {copies}, and there are {world_size} ranks"),
+    };
+    Err(Error::config(what).hint(
+        "their product has to be the number of ranks; `data_parallel_shard_dim: -1` is as many as there are for a copy",
+    ))
 }

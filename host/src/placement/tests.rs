@@ -60,7 +60,7 @@ fn part(candidate: &Candidate, name: &str) -> f64 {
 #[test]
 fn shards_are_shares() {
     let (plan, hardware) = (plan(FULL, &["parallel=shard"]), gpus(80.0));
-    let of = |ranks| question(&plan, &hardware, ranks).candidate(Placement::new(&plan.placement, true), Way::Host);
+    let of = |ranks| question(&plan, &hardware, ranks).candidate(Placement::new(&plan.placement, Some(1)), Way::Host);
     let (two, eight) = (of(2), of(8));
     for name in ["weights", "gradients", "optimizer"] {
         assert_eq!(part(&two, name), 4.0 * part(&eight, name), "{name}");
@@ -75,7 +75,7 @@ fn every_key_moves_what_it_is_for() {
     let hardware = gpus(80.0);
     let of = |text: &str, overrides: &[&str]| {
         let plan = plan(text, overrides);
-        question(&plan, &hardware, 4).candidate(Placement::new(&plan.placement, true), Way::Host)
+        question(&plan, &hardware, 4).candidate(Placement::new(&plan.placement, Some(1)), Way::Host)
     };
     let plain = of(FULL, &["parallel=shard"]);
     let kept = of(FULL, &["parallel=shard", "fsdp_reshard_after_forward=False"]);
@@ -111,6 +111,45 @@ fn a_frozen_base_that_fits_is_replicated() {
     assert_eq!(choice.chosen().cost.bytes_received, 2.0 * 7.0 / 8.0 * 4.0 * trained);
     // One rank has nobody to share with.
     assert_eq!(choose(&question(&plan, &hardware, 1)).unwrap().candidates.len(), 1);
+}
+
+/// On two machines with a slow link between them a model that does not fit a GPU is shared on each machine.
+#[test]
+fn copies_keep_gathering_on_a_machine() {
+    let (full, hardware) = (plan(FULL, &["tokens_per_microbatch=2000"]), gpus(12.0));
+    let asked = |plan: &TrainPlan| {
+        let ranks = Ranks { world_size: 16, nodes: 2 };
+        choose(&Question { ranks, ..question(plan, &hardware, 16) }).map_err(|error| error.message)
+    };
+    let copies = |plan: &TrainPlan| {
+        let placements = asked(plan).unwrap().candidates.into_iter().map(|candidate| candidate.placement);
+        placements.map(|placement| placement.is_sharded.then_some(placement.copies)).collect::<Vec<_>>()
+    };
+    assert_eq!(copies(&full), [None, Some(1), Some(2)]);
+    let choice = asked(&full).unwrap();
+    let [whole, over_all, on_each] = &choice.candidates[..] else { unreachable!() };
+    assert!(!whole.fits && over_all.fits && on_each.fits);
+    assert_eq!(choice.chosen, 2, "the link between machines is the slower one");
+    assert_eq!(part(on_each, "optimizer"), 2.0 * part(over_all, "optimizer"));
+    // What is gathered comes from 7 of 8, not from 15 of 16; an eighth of the gradients from the other copy, there and back.
+    let summed = 2.0 * 4.0 * question(&full, &hardware, 16).job.num_trained() / 8.0 / 2.0;
+    let gathered = over_all.cost.bytes_received * (7.0 / 8.0) / (15.0 / 16.0);
+    assert!((on_each.cost.bytes_received / (gathered + summed) - 1.0).abs() < 1e-9);
+
+    let with = |overrides: &[&str]| plan(FULL, &[&["tokens_per_microbatch=2000"], overrides].concat());
+    assert_eq!(copies(&with(&["data_parallel_replicate_dim=4"])), [Some(4)]);
+    assert_eq!(copies(&with(&["data_parallel_replicate_dim=4", "data_parallel_shard_dim=4"])), [Some(4)]);
+    assert_eq!(copies(&with(&["data_parallel_replicate_dim=16"])), [None]);
+    assert_eq!(copies(&with(&["parallel=shard"])), [Some(1)]);
+    let refused = |overrides: &[&str]| asked(&with(overrides)).unwrap_err();
+    assert_eq!(
+        refused(&["data_parallel_replicate_dim=3"]),
+        "`data_parallel_replicate_dim` is 3, and there are 16 ranks"
+    );
+    assert_eq!(
+        refused(&["data_parallel_shard_dim=8"]),
+        "`data_parallel_shard_dim` is 8, `data_parallel_replicate_dim` 1, and there are 16 ranks"
+    );
 }
 
 /// Whatever is proposed was tried: with it, the same plan is accepted.

@@ -171,7 +171,7 @@ impl Run {
         let group = Rc::new(group);
         let placement = placement::decide(&plan, &tokens.training, &inputs.env, &group)?;
         let checkpoint_every = placement.checkpoint_every;
-        let spread = placement.is_sharded.then(|| Spread { group: Rc::clone(&group), placement });
+        let spread = placement.is_sharded.then(|| Spread::new(&group, placement)).transpose()?;
         let kind = torch::kind(plan.dtype);
         let adapter_kind = if plan.compat_torchtune { kind } else { Kind::Float };
         let start = Start { seed: plan.seed, adapter_kind };
@@ -200,8 +200,11 @@ impl Run {
             let (all, trainable) = (opened.num_parameters, trained.num_parameters());
             let share = 100.0 * trainable as f64 / all as f64;
             let layers = opened.model.config.num_layers;
-            let spread = match &opened.model.sharding {
-                Some(_) => format!("sharded over {}, ", ranks(group.world_size)),
+            let spread = match &spread {
+                Some(Spread { group, copies, .. }) if copies.world_size > 1 => {
+                    format!("{} copies sharded over {} each, ", copies.world_size, ranks(group.world_size))
+                }
+                Some(Spread { group, .. }) => format!("sharded over {}, ", ranks(group.world_size)),
                 None => String::new(),
             };
             let (dtype, device, seconds) = (plan.dtype, device::name(device), started.elapsed().as_secs_f64());
@@ -261,6 +264,7 @@ impl Run {
             plan,
             config,
             group,
+            spread,
             device,
             model: opened.model,
             others,
@@ -404,8 +408,9 @@ fn restore(
     optimizer: &mut AdamW,
     group: &Group,
 ) -> Result<Position> {
-    let ranks = trained.sharding().map(|_| group.world_size);
-    let state = ResumeState::read(dir, &Wanted { config, ranks, rank: group.rank })?;
+    let sharing = trained.sharding().map(|sharding| &sharding.spread.group);
+    let rank = sharing.map_or(0, |group| group.rank);
+    let state = ResumeState::read(dir, &Wanted { config, ranks: sharing.map(|group| group.world_size), rank })?;
     let position = state.position;
     position.identity.check(identity, dir)?;
     let (samples, per_turn) = (position.samples_per_step, plan.batch_size * group.world_size);

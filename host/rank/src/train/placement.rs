@@ -21,16 +21,16 @@ pub fn decide(plan: &TrainPlan, data: &Tokenized, env: &WorkerEnv, group: &Group
 }
 
 fn on_main(plan: &TrainPlan, data: &Tokenized, env: &WorkerEnv) -> Result<Placement> {
-    let open = Placement::open_to(&plan.placement, env.world_size)?;
+    let ranks = Ranks { world_size: env.world_size, nodes: env.world_size.div_ceil(env.local_world_size.max(1)) };
+    let open = Placement::open_to(&plan.placement, ranks)?;
     // How much a GPU has is not known everywhere.
     let Ok(hardware) = placement::at_hand(plan.device, plan.dtype) else { return Ok(open[0]) };
     let lengths = Lengths::of(data);
-    let nodes = env.world_size.div_ceil(env.local_world_size.max(1));
     let question = Question {
         job: Job::of(plan, &lengths)?,
         plan,
         hardware: &hardware,
-        ranks: Ranks { world_size: env.world_size, nodes },
+        ranks,
         lengths,
         rows: Some(data.len() as f64),
     };

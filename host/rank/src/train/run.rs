@@ -19,7 +19,7 @@ use crate::flat::to_host;
 use crate::metrics::{self, Curve, Progress, Recorder, StepMetrics};
 use crate::model::Llama;
 use crate::optim::{AdamW, Schedule};
-use crate::shard::{Sharding, Shards};
+use crate::shard::{Sharding, Spread};
 use crate::torch::TorchContext;
 use crate::train::batch::{DeviceBatch, DropoutSeed, Which};
 use crate::train::evaluate::Validation;
@@ -33,6 +33,8 @@ pub struct Parts {
     /// The resolved config as values, for recipes that ask.
     pub config: serde_json::Value,
     pub group: Rc<Group>,
+    /// Where ranks share the models.
+    pub spread: Option<Spread>,
     pub device: Device,
     pub model: Llama,
     /// Frozen ones beside it.
@@ -102,9 +104,15 @@ impl Parts {
             .filter_map(|model| model.sharding.as_ref())
     }
 
+    /// Of all ranks, and of parts of them.
+    fn groups(&self) -> impl Iterator<Item = &Rc<Group>> {
+        let parts = self.spread.iter().flat_map(|spread| [&spread.group, &spread.copies]);
+        std::iter::once(&self.group).chain(parts)
+    }
+
     /// Writes what this rank has of a model that ranks share, unless it has failed before; returns the time that rank 0 names
     /// the save by.
-    fn write_shard(&self, name: &str, saved_at: u128, failure: Option<Error>) -> Result<u128> {
+    fn write_shard(&self, spread: &Spread, name: &str, saved_at: u128, failure: Option<Error>) -> Result<u128> {
         let group = &self.group;
         let saved_at = group.from_main(&saved_at.to_le_bytes())?;
         let saved_at = saved_at.try_into().map(u128::from_le_bytes).map_err(|_| Error::bug("a time has 16 bytes"))?;
@@ -117,7 +125,12 @@ impl Parts {
             master: self.optimizer.master.as_ref(),
         };
         let dir = folder::partial(&self.plan.checkpoint.output_dir, name);
-        let written = shards::write(&dir, (group.rank, group.world_size), saved_at, &pieces);
+        let Spread { group: sharing, copies, .. } = spread;
+        // The other copies have the same pieces.
+        let written = match copies.is_main() {
+            true => shards::write(&dir, (sharing.rank, sharing.world_size), saved_at, &pieces),
+            false => Ok(()),
+        };
         let failed = group.which(written.is_err())?;
         written?;
         match failed.first() {
@@ -261,15 +274,15 @@ impl Run {
         self.parts.sharded().try_for_each(|sharding| sharding.end_step())
     }
 
-    /// Which of the numbers this rank has, where ranks share what is trained.
-    pub fn shards(&self) -> Option<&Shards> {
-        self.parts.trained.sharding().map(|sharding| &sharding.shards)
+    /// How ranks share what is trained, where they do.
+    pub fn sharding(&self) -> Option<&Sharding> {
+        self.parts.trained.sharding().map(Rc::as_ref)
     }
 
     /// Gradients of the step under way, whose batches are done: by parameter, summed on this rank and not yet divided; or,
     /// where ranks share what is trained, of this rank's pieces, summed over all ranks.
     pub fn gradients(&self) -> Vec<(String, Tensor)> {
-        if self.shards().is_some() {
+        if self.sharding().is_some() {
             return vec![("pieces".to_owned(), self.parts.trained.flat().grad.shallow_clone())];
         }
         self.parts.trained.parameters().into_iter().map(|(name, parameter)| (name, parameter.grad())).collect()
@@ -288,7 +301,7 @@ impl Run {
         if self.interruption.get().is_some() || self.is_complete() {
             return Ok(false);
         }
-        self.parts.group.set_step(self.parts.position.step + 1);
+        self.parts.groups().for_each(|group| group.set_step(self.parts.position.step + 1));
         let started = Instant::now();
         let waiting = VecDeque::from(self.microbatches());
         let sums = Sums::zero(self.parts.device);
@@ -577,9 +590,12 @@ impl Run {
         const SCALARS: i64 = 9;
         let parts = &mut self.parts;
         let stop = f64::from(u8::from(parts.stop.is_set()));
-        // Pieces of a model that ranks share are summed over them already.
-        let is_shared = parts.trained.sharding().is_some();
-        let square = if is_shared { parts.trained.flat().grad_norm().powi(2) } else { 0.0 };
+        // Pieces of a model that ranks share are summed over them already, and each copy has them all.
+        let sharding = parts.trained.sharding();
+        let is_shared = sharding.is_some();
+        let square = sharding.map_or(0.0, |sharding| {
+            parts.trained.flat().grad_norm().powi(2) / sharding.spread.copies.world_size as f64
+        });
         let scalars = [
             sums.weight,
             sums.tokens,
@@ -606,7 +622,7 @@ impl Run {
         let numbers: Vec<f64> =
             Vec::try_from(sent.narrow(0, size, SCALARS).to_kind(Kind::Double).to_device(Device::Cpu))
                 .torch("read the step's sums")?;
-        parts.group.check()?;
+        parts.groups().try_for_each(|group| group.check())?;
         let [loss, weight, tokens, padded_tokens, labels, peak_rss_mb, stops, new_metrics, square] = numbers[..] else {
             return Err(Error::bug("the reduced sums have another length"));
         };
@@ -641,7 +657,7 @@ impl Run {
         }
         let lr = parts.schedule.at(parts.position.step);
         let places: Vec<_> = match parts.trained.sharding() {
-            Some(sharding) => sharding.shards.of_rank(parts.group.rank as i64).collect(),
+            Some(sharding) => sharding.kept().collect(),
             None => vec![(0, 0..flat.size())],
         };
         tch::no_grad(|| parts.optimizer.step(flat, &places, lr))?;
@@ -652,7 +668,8 @@ impl Run {
     fn report(&mut self, totals: &Totals, took: Duration, own: Vec<(String, f64)>) -> Result<()> {
         let parts = &mut self.parts;
         let step = parts.position.step;
-        let bytes_received = parts.group.take_bytes_received();
+        // One that stands there twice has given its count the first time.
+        let bytes_received: u64 = parts.groups().map(|group| group.take_bytes_received()).sum();
         let loss = totals.mean_loss();
         parts.curve.push_training(step, loss);
         if let Some(progress) = &self.progress {
@@ -744,7 +761,10 @@ impl Run {
         let parts = &mut self.parts;
         let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let (saved_at, shards) = match parts.trained.sharding() {
-            Some(_) => (parts.write_shard(name, saved_at, self.failure.take())?, parts.group.world_size),
+            Some(sharding) => {
+                let spread = &sharding.spread;
+                (parts.write_shard(spread, name, saved_at, self.failure.take())?, spread.group.world_size)
+            }
             None => (saved_at, 0),
         };
         let Some(writer) = parts.writer.as_mut().filter(|_| self.failure.is_none()) else { return Ok(()) };

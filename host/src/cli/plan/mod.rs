@@ -112,7 +112,7 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// torchtune shards always.
 fn as_another(question: &Question<'_>, way: Way) -> Candidate {
-    question.candidate(Placement::new(&question.plan.placement, true), way)
+    question.candidate(Placement::new(&question.plan.placement, Some(1)), way)
 }
 
 fn hardware(args: &Args, plan: &TrainPlan, around: &Surroundings<'_>) -> Result<HardwarePlan> {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::placement::memory::{Part, Where};
-use crate::placement::{Candidate, Choice, Question, gb};
+use crate::placement::{Candidate, Choice, Placement, Question, gb};
 
 pub struct Table<'a> {
     pub question: &'a Question<'a>,
@@ -73,8 +73,6 @@ impl Table<'_> {
 
     fn memory(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let columns = &self.choice.candidates;
-        let name =
-            |candidate: &Candidate| if candidate.placement.is_sharded { "shard" } else { "replicate" }.to_owned();
         line(f, "memory of a rank, GB", columns.iter().map(name))?;
         let mut names: Vec<&str> = vec![];
         for part in columns.iter().flat_map(|candidate| &candidate.memory.parts) {
@@ -103,8 +101,7 @@ impl Table<'_> {
     fn time(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let columns: Vec<&Candidate> = self.choice.candidates.iter().chain(self.other).collect();
         let names = columns.iter().enumerate().map(|(index, candidate)| match index < self.choice.candidates.len() {
-            true if candidate.placement.is_sharded => "shard".to_owned(),
-            true => "replicate".to_owned(),
+            true => name(candidate),
             false => "torchtune".to_owned(),
         });
         line(f, "a step", names)?;
@@ -129,6 +126,15 @@ impl Table<'_> {
             row("start to end", &|c| of(c, |run| run.seconds))?;
         }
         Ok(())
+    }
+}
+
+/// Of a column.
+fn name(candidate: &Candidate) -> String {
+    match candidate.placement {
+        Placement { is_sharded: false, .. } => "replicate".to_owned(),
+        Placement { copies: 1, .. } => "shard".to_owned(),
+        Placement { copies, .. } => format!("shard x{copies}"),
     }
 }
 

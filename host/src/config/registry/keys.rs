@@ -138,9 +138,13 @@ pub const TRAIN: &[Key] = &[
         "data_parallel_shard_dim",
         ANY_NUMBER,
         "-1",
-        "Ranks that share one copy of the model; -1: as many as there are.",
+        "Ranks that share one copy of the model; -1: as many as there are for one.",
     ),
-    key("data_parallel_replicate_dim", POSITIVE, "1", "Copies of the model."),
+    optional(
+        "data_parallel_replicate_dim",
+        POSITIVE,
+        "Copies of the model, each shared by its ranks; without it one, or with `parallel: auto` one on each machine.",
+    ),
     // Ours.
     key(
         "parallel",

@@ -14,14 +14,8 @@ pub fn placement(root: &Section<'_>, notices: &mut Vec<Notice>) -> Found<Placeme
     };
     let cpu_offload: bool = root.get("fsdp_cpu_offload")?;
     let reshard_after_forward: bool = root.get("fsdp_reshard_after_forward")?;
-    let (shard_ranks, copies) = (shard_ranks?, root.get::<usize>("data_parallel_replicate_dim")?);
-    if copies > 1 && shard_ranks != Some(1) {
-        let what = format!(
-            "`data_parallel_replicate_dim` is {copies}: several copies that are sharded each are not available"
-        );
-        let hint = "leave it out to shard over all ranks; `parallel: replicate` gives each rank a copy";
-        return Err(root.fail("data_parallel_replicate_dim", what, hint));
-    }
+    let (shard_ranks, copies) = (shard_ranks?, root.get::<Option<usize>>("data_parallel_replicate_dim")?);
+    let has_copies = copies.is_some_and(|copies| copies > 1);
     let parallel = match (wanted, shard_ranks) {
         (Parallel::Shard, Some(1)) => {
             let what = "`parallel: shard`, and `data_parallel_shard_dim: 1` gives each rank a copy of the model";
@@ -35,7 +29,7 @@ pub fn placement(root: &Section<'_>, notices: &mut Vec<Notice>) -> Found<Placeme
                 Parallel::Replicate
             }
         }
-        (Parallel::Auto, None) if cpu_offload => Parallel::Shard,
+        (Parallel::Auto, None) if cpu_offload || has_copies => Parallel::Shard,
         (wanted, _) => wanted,
     };
     if parallel == Parallel::Replicate {
@@ -43,6 +37,7 @@ pub fn placement(root: &Section<'_>, notices: &mut Vec<Notice>) -> Found<Placeme
             ("fsdp_cpu_offload", cpu_offload),
             ("fsdp_reshard_after_forward", !reshard_after_forward),
             ("data_parallel_shard_dim", shard_ranks.is_some_and(|ranks| ranks > 1)),
+            ("data_parallel_replicate_dim", has_copies && shard_ranks != Some(1)),
         ];
         notices.extend(of_shards.into_iter().filter(|(_, is_given)| *is_given).map(|(key, _)| Notice {
             message: format!("`{key}` changes nothing here: `parallel: replicate` gives every rank the whole model"),
@@ -55,6 +50,7 @@ pub fn placement(root: &Section<'_>, notices: &mut Vec<Notice>) -> Found<Placeme
         cpu_offload,
         checkpoint_every: checkpoint_every?,
         shard_ranks: shard_ranks.filter(|_| parallel == Parallel::Shard),
+        copies: copies.filter(|_| parallel == Parallel::Shard),
     })
 }
 

@@ -15,6 +15,7 @@ fn torchtunes_keys_of_sharding_are_ours() {
         cpu_offload: false,
         checkpoint_every: None,
         shard_ranks: None,
+        copies: None,
     };
     assert_eq!(placement(&[]), plain);
     let parallel = |overrides: &[&str]| placement(overrides).parallel;
@@ -24,10 +25,16 @@ fn torchtunes_keys_of_sharding_are_ours() {
     assert_eq!(parallel(&["data_parallel_shard_dim=1", "data_parallel_replicate_dim=4"]), Parallel::Replicate);
     let four = PlacementPlan { parallel: Parallel::Shard, shard_ranks: Some(4), ..plain.clone() };
     assert_eq!(placement(&["data_parallel_shard_dim=4"]), four);
-    let kept = PlacementPlan { reshard_after_forward: false, ..plain };
+    let kept = PlacementPlan { reshard_after_forward: false, ..plain.clone() };
     assert_eq!(placement(&["fsdp_reshard_after_forward=False"]), kept);
 
-    check_mistake(&["data_parallel_replicate_dim=2"], "several copies that are sharded each are not available");
+    let two = PlacementPlan { parallel: Parallel::Shard, copies: Some(2), ..plain.clone() };
+    assert_eq!(placement(&["data_parallel_replicate_dim=2"]), two);
+    assert_eq!(
+        placement(&["data_parallel_replicate_dim=2", "data_parallel_shard_dim=4"]),
+        PlacementPlan { shard_ranks: Some(4), ..two }
+    );
+    check_mistake(&["data_parallel_replicate_dim=0"], "`data_parallel_replicate_dim`");
     check_mistake(&["parallel=shard", "data_parallel_shard_dim=1"], "`data_parallel_shard_dim: 1` gives each rank");
     check_mistake(&["data_parallel_shard_dim=1.5"], "`data_parallel_shard_dim` must be -1 or a whole number");
 }
