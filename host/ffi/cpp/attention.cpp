@@ -23,7 +23,7 @@ bool has_varlen_kernel(const Tensor& q) {
 }
 
 Tensor offsets_tensor(const std::vector<int64_t>& offsets, const Tensor& like) {
-  return at::tensor(offsets, at::TensorOptions().dtype(at::kInt)).to(like.device());
+  return to_device(at::tensor(offsets, at::TensorOptions().dtype(at::kInt)), like.device());
 }
 
 // One piece of work for one core: a document, a key-value head, and some of the query heads that share it.

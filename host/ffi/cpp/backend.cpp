@@ -65,6 +65,13 @@ extern "C" char* host_reset_peak(int index) {
   return host::guard([&] { allocator(index)->resetPeakStats(static_cast<c10::DeviceIndex>(index)); });
 }
 
+extern "C" char* host_to_device(const at::Tensor* tensor, int index, at::Tensor** out) {
+  return host::guard([&] {
+    const at::Device device(at::kCUDA, static_cast<at::DeviceIndex>(index));
+    *out = host::give(host::to_device(*tensor, device));
+  });
+}
+
 extern "C" char* host_synchronize(int index) {
   return host::guard([&] {
     allocator(index);

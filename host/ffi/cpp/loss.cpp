@@ -45,12 +45,12 @@ void chunk_cpu(Tensor& logits, const int64_t* labels, double* losses, bool gradi
 Tensor chunk_composite(Tensor& logits, const Tensor& labels, bool gradient) {
   const Tensor kept = labels != kIgnore;
   const Tensor index = labels.clamp_min(0).unsqueeze(1);
-  Tensor log_probs = at::log_softmax(logits.to(at::kFloat), 1);
+  Tensor log_probs = at::log_softmax(logits, 1, at::kFloat);
   const Tensor losses = -(log_probs.gather(1, index).squeeze(1) * kept);
   if (gradient) {
     Tensor probs = log_probs.exp_();
     probs.scatter_add_(1, index, at::full_like(index, -1.0, probs.options()));
-    logits = probs.mul_(kept.unsqueeze(1)).to(logits.scalar_type());
+    at::mul_out(logits, probs, kept.unsqueeze(1));
   }
   return losses;
 }

@@ -1,4 +1,5 @@
-// rms_norm, rope and swiglu as autograd functions: one pass over memory each way on the CPU, composite ops elsewhere.
+// rms_norm, rope and swiglu as autograd functions: one pass over memory each way on the CPU; elsewhere as few as libtorch's
+// operators allow, for a GPU's memory is what these wait for.
 // Legend: T tokens, D hidden, N heads, H head dim, F feed-forward.
 #include "kernels.h"
 #include "shim.h"
@@ -56,6 +57,11 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
                                     static_cast<float>(eps));
         });
       });
+    } else if (x.is_cuda()) {
+      x = x.contiguous();
+      // Without the weight: the normed value is rounded before it is multiplied.
+      std::tie(y, rstd) = at::_fused_rms_norm(x, {x.size(1)}, std::nullopt, eps);
+      y = y * weight;
     } else {
       const Tensor wide = x.to(at::kFloat);
       rstd = at::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + eps);
@@ -69,6 +75,12 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
     Tensor dx, dweight;
+    if (x.is_cuda()) {
+      const Tensor dy = grads[0].contiguous();
+      std::tie(dx, dweight) = at::_fused_rms_norm_backward(dy, x, {x.size(1)}, rstd, weight,
+                                                           {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
+      return {dx, dweight, Tensor()};
+    }
     if (ctx->needs_input_grad(1)) {
       // Of the value that was multiplied: rounded.
       const Tensor normed = (x.to(at::kFloat) * rstd.view({-1, 1})).to(x.scalar_type());
@@ -101,10 +113,14 @@ struct RmsNorm : torch::autograd::Function<RmsNorm> {
 Tensor rotate(const Tensor& x_in, const Tensor& cos, const Tensor& sin, double sign) {
   const int64_t rows = x_in.size(0), heads = x_in.size(1), width = x_in.size(2), half = width / 2;
   if (!is_cpu_fused(x_in)) {
-    const Tensor wide = x_in.to(at::kFloat);
-    const Tensor a = wide.narrow(2, 0, half), b = wide.narrow(2, half, half);
+    const Tensor a = x_in.narrow(2, 0, half), b = x_in.narrow(2, half, half);
     const Tensor c = cos.unsqueeze(1), s = sin.unsqueeze(1) * sign;
-    return at::cat({a * c - b * s, b * c + a * s}, 2).to(x_in.scalar_type());
+    // Sums are fp32 and rounded as they are written.
+    const Tensor y = at::empty(x_in.sizes(), x_in.options());
+    Tensor ya = y.narrow(2, 0, half), yb = y.narrow(2, half, half);
+    at::addcmul_out(ya, a * c, b, s, -1);
+    at::addcmul_out(yb, b * c, a, s);
+    return y;
   }
   const bool packed = (x_in.stride(2) == 1 || width <= 1) && (x_in.stride(1) == width || heads <= 1);
   const Tensor x = packed ? x_in : x_in.contiguous();
@@ -139,7 +155,7 @@ struct SwiGlu : torch::autograd::Function<SwiGlu> {
   static Tensor forward(AutogradContext* ctx, const Tensor& gate_in, const Tensor& up_in) {
     if (!is_cpu_fused(gate_in)) {
       ctx->save_for_backward({gate_in, up_in});
-      return (at::silu(gate_in.to(at::kFloat)) * up_in.to(at::kFloat)).to(gate_in.scalar_type());
+      return at::silu(gate_in).mul_(up_in);
     }
     const Tensor gate = rows_contiguous(gate_in), up = rows_contiguous(up_in);
     ctx->save_for_backward({gate, up});
@@ -160,9 +176,7 @@ struct SwiGlu : torch::autograd::Function<SwiGlu> {
     const auto saved = ctx->get_saved_variables();
     const Tensor &gate = saved[0], &up = saved[1];
     if (!is_cpu_fused(gate)) {
-      const Tensor g = gate.to(at::kFloat), d = grads[0].to(at::kFloat), s = at::sigmoid(g);
-      const Tensor dgate = d * up.to(at::kFloat) * (s + g * s * (1.0 - s));
-      return {dgate.to(gate.scalar_type()), (d * g * s).to(gate.scalar_type())};
+      return {at::silu_backward(grads[0] * up, gate), at::silu(gate).mul_(grads[0])};
     }
     const Tensor dy = grads[0].contiguous();
     const int64_t rows = gate.size(0), width = gate.size(1), gs = gate.stride(0), us = up.stride(0);

@@ -43,6 +43,11 @@ char* guard(F&& body) noexcept {
 
 inline at::Tensor* give(at::Tensor tensor) { return new at::Tensor(std::move(tensor)); }
 
+// From pinned memory, so that nothing waits for what the device still computes.
+inline at::Tensor to_device(const at::Tensor& host, at::Device device) {
+  return device.is_cpu() ? host : host.pin_memory().to(device, /*non_blocking=*/true);
+}
+
 inline bool is_cpu_fused(const at::Tensor& t) {
   return t.device().is_cpu() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16);
 }

@@ -6,9 +6,9 @@
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
-use tch::Device;
+use tch::{Device, Tensor};
 
-use crate::{FfiError, Result, check, sys, take_string};
+use crate::{FfiError, Result, check, new_tensor, sys, take_string};
 
 /// The accelerator libraries looked for, CUDA first.
 const ACCELERATORS: [&str; 2] = ["libtorch_cuda.so", "libtorch_hip.so"];
@@ -100,6 +100,14 @@ pub fn reset_peak(device: Device) -> Result<()> {
     let Device::Cuda(index) = device else { return Ok(()) };
     // SAFETY: no pointers.
     check(unsafe { sys::host_reset_peak(c_index(index)?) })
+}
+
+/// The same tensor of host memory on `device`, without waiting for what the device still computes.
+pub fn to_device(tensor: &Tensor, device: Device) -> Result<Tensor> {
+    let Device::Cuda(index) = device else { return Ok(tensor.shallow_clone()) };
+    let index = c_index(index)?;
+    // SAFETY: the tensor is live for the call; the copy keeps its pinned memory until it is done.
+    new_tensor(|out| unsafe { sys::host_to_device(tensor.as_ptr(), index, out) })
 }
 
 /// Waits until everything queued on a device is done; nothing to do on the CPU.

@@ -128,6 +128,7 @@ unsafe extern "C" {
     pub fn host_memory_stats(index: c_int, active: *mut i64, allocated: *mut i64, reserved: *mut i64) -> Message;
     pub fn host_reset_peak(index: c_int) -> Message;
     pub fn host_synchronize(index: c_int) -> Message;
+    pub fn host_to_device(tensor: In, index: c_int, out: Out) -> Message;
     pub fn host_libtorch_version(out: *mut *mut c_char) -> Message;
     pub fn host_cpu_capability(out: *mut *mut c_char) -> Message;
     pub fn host_set_flush_denormal(on: c_int, supported: *mut c_int) -> Message;

@@ -62,3 +62,6 @@ pub fn compare(name: &str, inputs: &[Tensor], kind: Kind, tolerance: f64, ours: 
 
 /// The tolerances of one function: fp32 as the contract asks; bf16 has 8 bits, so one rounding is 2^-8 = 4e-3 of a value.
 pub const BOTH: [(Kind, f64); 2] = [(Kind::Float, 1e-6), (Kind::BFloat16, 6e-3)];
+
+/// And those of fp16, 11 bits, which on a CPU takes libtorch's operators as everything does on a GPU.
+pub const WITH_OPERATORS: [(Kind, f64); 3] = [BOTH[0], BOTH[1], (Kind::Half, 1e-3)];

@@ -8,6 +8,7 @@ use tch::{Device, Tensor};
 
 use crate::adapter::lora::splitmix;
 use crate::model::{Forward, Llama};
+use crate::torch::TorchContext;
 
 /// Whose numbers are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,25 +48,25 @@ pub struct DropoutSeed {
 }
 
 impl DeviceBatch {
-    pub fn new(batch: &MicroBatch, device: Device, dropout: Option<DropoutSeed>) -> Self {
-        let on_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
-        Self {
-            tokens: on_device(&batch.tokens),
-            positions: on_device(&batch.positions),
+    pub fn new(batch: &MicroBatch, device: Device, dropout: Option<DropoutSeed>) -> Result<Self> {
+        let on_device = |values: &[i64]| to_device(values, device);
+        Ok(Self {
+            tokens: on_device(&batch.tokens)?,
+            positions: on_device(&batch.positions)?,
             cu_seqlens: batch.cu_seqlens.as_slice().into(),
-            label_positions: on_device(&batch.label_positions),
-            labels: on_device(&batch.labels),
+            label_positions: on_device(&batch.label_positions)?,
+            labels: on_device(&batch.labels)?,
             documents: batch.label_documents(),
             num_labels: batch.labels.len() as i64,
             num_tokens: batch.num_real_tokens as i64,
             samples: batch.sample_ids.clone(),
-            dropout_keys: dropout.map(|seed| on_device(&keys(batch, seed))),
-        }
+            dropout_keys: dropout.map(|seed| on_device(&keys(batch, seed))).transpose()?,
+        })
     }
 
     /// Which of the batch's documents each label is of, `[L]`.
-    pub fn segments(&self) -> Tensor {
-        Tensor::from_slice(&self.documents).to_device(self.labels.device())
+    pub fn segments(&self) -> Result<Tensor> {
+        to_device(&self.documents, self.labels.device())
     }
 
     /// With dropout for a model in training, and with its adapters; as it is in the checkpoint otherwise.
@@ -103,6 +104,10 @@ impl DeviceBatch {
     pub fn logits(&self, model: &Llama, which: Which) -> Result<Tensor> {
         self.logits_of(model, which, &self.hidden(model, which)?, 0, self.num_labels)
     }
+}
+
+fn to_device(values: &[i64], device: Device) -> Result<Tensor> {
+    host_ffi::backend::to_device(&Tensor::from_slice(values), device).torch("bring a batch to the device")
 }
 
 /// One key per token from (seed, step, sample, position): the same whatever the layout and the rank.

@@ -29,7 +29,7 @@ impl Run {
         let sums = Tensor::zeros([2], (Kind::Double, parts.device));
         tch::no_grad(|| -> Result<()> {
             for (batch, counts) in batches.map(|batch| (batch, 1.0)).chain(filler) {
-                let batch = DeviceBatch::new(batch, parts.device, None);
+                let batch = DeviceBatch::new(batch, parts.device, None)?;
                 let (loss, weight) = self.loss_of(&batch, Which::Trained)?;
                 let _ = sums.get(0).g_add_(&(loss.to_kind(Kind::Double).reshape([0i64; 0]) * counts));
                 let _ = sums.get(1).g_add_scalar_(weight * counts);

@@ -343,7 +343,7 @@ impl Run {
         };
         step.sums.count(&batch);
         step.next_key += 1;
-        let current = step.current.insert((step.next_key, DeviceBatch::new(&batch, device, dropout)));
+        let current = step.current.insert((step.next_key, DeviceBatch::new(&batch, device, dropout)?));
         Ok(Some((current.0, &current.1)))
     }
 
@@ -368,7 +368,7 @@ impl Run {
 
     /// Which of the batch's samples each label is of, `[L]`.
     pub fn segments(&self, key: u64) -> Result<Tensor> {
-        Ok(self.batch(key)?.segments())
+        self.batch(key)?.segments()
     }
 
     /// Pairs of a chosen and a rejected answer.
