@@ -17,10 +17,14 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <thread>
+#include <utility>
 
 namespace host {
 
@@ -95,13 +99,18 @@ struct NcclApi {
   }
 };
 
+// For an orderly end after a failure: other ranks are heard, a checkpoint under way is written.
+constexpr std::chrono::seconds kLastResort(30);
+
 struct Nccl {
   using Clock = std::chrono::steady_clock;
 
   struct Pending {
-    std::shared_ptr<c10::Event> done;
+    // Of the stream: what was queued before it is done.
+    std::shared_ptr<c10::Event> turn, done;
     std::string what;
-    Clock::time_point queued;
+    // When that was noticed: what the device computes before it does not count.
+    std::optional<Clock::time_point> began;
   };
 
   std::unique_ptr<NcclApi> api;
@@ -143,7 +152,7 @@ struct Nccl {
     if (pending.empty()) {
       api->comm_destroy(comm);
     } else {
-      api->comm_abort(comm);
+      abort();
     }
   }
 
@@ -160,11 +169,12 @@ struct Nccl {
     const c10::DeviceGuard on(device);
     std::ostringstream what;
     what << name << " number " << ++count << " (" << tensor.nbytes() << " bytes, step " << step.load() << ")";
+    auto turn = std::make_shared<c10::Event>(c10::DeviceType::CUDA), done = std::make_shared<c10::Event>(c10::DeviceType::CUDA);
+    turn->record(stream);
     api->check(call(stream.native_handle()), what.str());
-    auto done = std::make_shared<c10::Event>(c10::DeviceType::CUDA);
     done->record(stream);
     const std::lock_guard lock(mutex);
-    pending.push_back({done, what.str(), Clock::now()});
+    pending.push_back({turn, done, what.str(), std::nullopt});
     return done;
   }
 
@@ -176,25 +186,39 @@ struct Nccl {
     while (!closing) {
       wake.wait_for(lock, std::chrono::milliseconds(200));
       while (!pending.empty() && pending.front().done->query()) pending.pop_front();
+      auto* first = pending.empty() ? nullptr : &pending.front();
+      if (first && !first->began && first->turn->query()) first->began = Clock::now();
       Result error = ok;
       api->comm_get_async_error(comm, &error);
       if (error != ok && error != in_progress) {
-        fail(pending.empty() ? "a collective" : pending.front().what, api->get_error_string(error));
-      } else if (!pending.empty() && Clock::now() - pending.front().queued > timeout) {
+        fail(first ? first->what : "a collective", api->get_error_string(error));
+      } else if (first && first->began && Clock::now() - *first->began > timeout) {
         std::ostringstream why;
         why << "it timed out after " << timeout.count() / 1000.0 << " s";
-        fail(pending.front().what, why.str());
+        fail(first->what, why.str());
       } else {
         continue;
       }
-      // The kernels that wait end now, and with them whatever waits for the device.
-      lock.unlock();
-      const std::unique_lock handing(handing_over, std::chrono::seconds(2));
-      api->comm_abort(comm);
-      comm = nullptr;
+      give_up(std::move(lock));
       return;
     }
   }
+
+  // The kernels that wait end, and with them whatever waits for the device. A process that does not end by that is ended, or
+  // nobody would hear of the failure.
+  void give_up(std::unique_lock<std::mutex> lock) {
+    std::thread([what = failure] {
+      std::this_thread::sleep_for(kLastResort);
+      std::fprintf(stderr, "error: %s\n", what.c_str());
+      std::_Exit(1);
+    }).detach();
+    lock.unlock();
+    const std::unique_lock handing(handing_over, std::chrono::seconds(2));
+    abort();
+  }
+
+  // Not waited for: where the other ranks stand still it may never return.
+  void abort() { std::thread([abort = api->comm_abort, comm = std::exchange(comm, nullptr)] { abort(comm); }).detach(); }
 
   void fail(const std::string& what, const std::string& why) { failure = what + ": " + why; }
 };

@@ -207,8 +207,8 @@ impl Group {
 
     /// From now on collectives on tensors of device `cuda:device` run there, through `library` ([`nccl::library_of`]).
     ///
-    /// Every rank has to call it, each with a device of its own. `timeout` is how long a collective may take from being
-    /// queued; one that takes longer is named by the next call, and what waits for it on the device ends. A group of one
+    /// Every rank has to call it, each with a device of its own. `timeout` is how long a collective may take once
+    /// it is the device's turn; one that takes longer is named by the next call, and what waits for it on the device ends. A group of one
     /// may attach too: its collectives then pass through the library and change nothing.
     pub fn attach(&mut self, library: &str, device: usize, timeout: Duration) -> Result<()> {
         // Rank 0 fails alone where the library cannot be loaded: the others hear of it by an empty name.
