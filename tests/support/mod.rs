@@ -11,7 +11,7 @@ use host_rank::train::{Inputs, Run, Tokens};
 use serde_json::Value;
 use tch::{Device, Tensor};
 
-/// Where the numbers are computed: the CPU, or what `HOST_TEST_DEVICE=cuda` names (`cargo xtask gpu`).
+/// Where the numbers are computed: the CPU, or what `HOST_TEST_DEVICE=cuda` names.
 pub fn device() -> Device {
     static DEVICE: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
     *DEVICE.get_or_init(|| match std::env::var("HOST_TEST_DEVICE").as_deref() {
