@@ -212,6 +212,7 @@ pub fn train(plan: &TrainPlan, rows: &[Sample], world: usize, most_steps: usize)
                 scope.spawn(move || {
                     let mut run = open(plan, rows, rank, world, port);
                     let gradients = drive(&mut run, most_steps);
+                    run.leave().unwrap();
                     let whole = |tensor: Tensor| spread_out(&run, numbers(tensor));
                     (gradients.into_iter().map(whole).collect::<Vec<_>>(), whole(run.parameters()))
                 })

@@ -95,8 +95,8 @@ impl Memory {
             true => share(trained * job.optimizer_bytes),
             false => trained * job.optimizer_bytes,
         };
-        // What is written while training goes on; of a model that ranks share each writes its piece at once.
-        let copy = if placement.is_sharded && job.trains_all() { 0.0 } else { of_trained + moments };
+        // What is written while training goes on; of a model that ranks share each writes its piece.
+        let copy = of_trained + moments;
         let holes = match is_cpu {
             true => GLIBC_HOLES[usize::from(job.element < 4.0)],
             false => CACHE_HOLES,

@@ -2,17 +2,18 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
 
-use host::Result;
 use host::config::plan::{CheckpointPlan, ModelPlan};
 use host::error::IoContext;
 use host::hf::config_folder;
 use host::saved;
+use host::{Error, Result};
 use tch::{Kind, Tensor};
 
 use crate::adapter::peft;
 use crate::checkpoint::resume::ResumeState;
-use crate::checkpoint::shards::ShardFiles;
+use crate::checkpoint::shards::{Piece, ShardFiles};
 use crate::checkpoint::{files, merged};
 use crate::metrics::Curve;
 use crate::model::Weights;
@@ -71,7 +72,7 @@ impl Saver {
     }
 
     /// Writes the checkpoint `name` and returns its folder. Either the whole folder appears, or none. Where ranks share the
-    /// model, each has written its file to the folder that was prepared.
+    /// model, `shared` is this rank's piece and tells when the others are written too, to the folder that was prepared.
     pub fn save(
         &mut self,
         name: &str,
@@ -79,13 +80,17 @@ impl Saver {
         trained: &Snapshot,
         state: &ResumeState,
         curve: &Curve,
+        shared: Option<(Piece, Receiver<()>)>,
     ) -> Result<PathBuf> {
         let target = self.plan.output_dir.join(name);
-        let partial = match trained.shards() {
-            Some(_) => partial(&self.plan.output_dir, name),
+        let partial = match &shared {
+            Some((piece, _)) => piece.dir.clone(),
             None => self.prepare(name)?,
         };
-        let filled = self.fill(&partial, base, trained, state, curve);
+        let filled = self
+            .copy_small_files(&partial)
+            .and_then(|()| shared.map_or(Ok(()), write_pieces))
+            .and_then(|()| self.fill(&partial, base, trained, state, curve));
         let written = filled.and_then(|()| publish(&partial, &target));
         if written.is_err() {
             // The error that matters is the one that stopped the write; a leftover has a name no reader takes for whole.
@@ -99,7 +104,6 @@ impl Saver {
     }
 
     fn fill(&self, dir: &Path, base: &Weights, trained: &Snapshot, state: &ResumeState, curve: &Curve) -> Result<()> {
-        self.copy_small_files(dir)?;
         if !self.plan.adapter_only {
             let shared = trained
                 .shards()
@@ -181,6 +185,12 @@ impl Saver {
             remove_old(&self.written.remove(0));
         }
     }
+}
+
+/// Writes this rank's piece, and waits for the others.
+fn write_pieces((piece, written): (Piece, Receiver<()>)) -> Result<()> {
+    piece.write()?;
+    written.recv().map_err(|_| Error::run("the run ended before every rank had written its part"))
 }
 
 /// Where the checkpoint `name` is written before it gets its name.

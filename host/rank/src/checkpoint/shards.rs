@@ -1,6 +1,6 @@
 //! The resume state of a model that ranks share: a file for each rank, which any number of ranks can go on from.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use host::hf::WeightIndex;
 use host::{Error, Result};
@@ -10,13 +10,18 @@ use crate::checkpoint::files;
 use crate::model::Weights;
 use crate::shard::Shards;
 
-/// What a rank's file holds: its pieces, each a vector of [`Shards::size`] numbers.
-pub struct Pieces<'a> {
-    pub parameters: &'a Tensor,
-    pub exp_avg: &'a Tensor,
-    pub exp_avg_sq: &'a Tensor,
+/// A rank's file that is to be written, and its numbers in memory of their own: vectors of [`Shards::size`].
+pub struct Piece {
+    /// The checkpoint's folder.
+    pub dir: PathBuf,
+    pub rank: usize,
+    pub ranks: usize,
+    pub saved_at: u128,
+    pub parameters: Tensor,
+    pub exp_avg: Tensor,
+    pub exp_avg_sq: Tensor,
     /// The parameters in fp32, where an optimizer keeps them so.
-    pub master: Option<&'a Tensor>,
+    pub master: Option<Tensor>,
 }
 
 fn file(rank: i64, ranks: i64) -> String {
@@ -28,13 +33,22 @@ fn name(field: &str, rank: i64, saved_at: u128) -> String {
     format!("{field}.{rank}.{saved_at}")
 }
 
-/// Writes the file of `rank`.
-pub fn write(dir: &Path, (rank, ranks): (usize, usize), saved_at: u128, pieces: &Pieces) -> Result<()> {
-    let (rank, ranks) = (rank as i64, ranks as i64);
-    let fields = [("parameters", pieces.parameters), ("exp_avg", pieces.exp_avg), ("exp_avg_sq", pieces.exp_avg_sq)];
-    let fields = fields.into_iter().chain(pieces.master.map(|master| ("master", master)));
-    let tensors = fields.map(|(field, tensor)| (name(field, rank, saved_at), tensor.detach())).collect();
-    files::write_tensors(&dir.join(file(rank, ranks)), tensors)
+impl Piece {
+    /// Writes the file, and gives the memory back.
+    pub fn write(self) -> Result<()> {
+        let Self { dir, rank, ranks, saved_at, parameters, exp_avg, exp_avg_sq, master } = self;
+        if !dir.is_dir() {
+            let what = format!("the folder `{}`, which rank 0 made, is not here", dir.display());
+            return Err(
+                Error::config(what).hint("on several machines `output_dir` has to be on a disk that all of them see")
+            );
+        }
+        let (rank, ranks) = (rank as i64, ranks as i64);
+        let fields = [("parameters", parameters), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)];
+        let fields = fields.into_iter().chain(master.map(|master| ("master", master)));
+        let tensors = fields.map(|(field, tensor)| (name(field, rank, saved_at), tensor)).collect();
+        files::write_tensors(&dir.join(file(rank, ranks)), tensors)
+    }
 }
 
 /// The files of all ranks, mapped.

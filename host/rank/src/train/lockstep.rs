@@ -49,6 +49,8 @@ pub struct Arrival {
     pub in_step: bool,
     /// What this rank has to do for the step under way took so long.
     pub seconds: f64,
+    /// This rank still writes its piece of the checkpoint under way.
+    pub is_saving: bool,
     /// This rank cannot go on, and says why itself.
     pub has_failed: bool,
 }
@@ -81,15 +83,15 @@ pub fn meet(group: &Group, mine: Arrival) -> Result<Met> {
 }
 
 impl Arrival {
-    fn numbers(&self) -> [i64; 6] {
+    fn numbers(&self) -> [i64; 7] {
         let (kind, argument) = match self.call {
             Call::FinishStep { rate } => (0, rate.to_bits() as i64),
             Call::Read { over, numbers } => (1 + over as i64, numbers as i64),
             Call::Compute { work, which } => (-2 - work as i64, which as i64),
             Call::Leave => (-1, 0),
         };
-        let [in_step, has_failed] = [self.in_step, self.has_failed].map(i64::from);
-        [kind, argument, self.step as i64, in_step, self.seconds.to_bits() as i64, has_failed]
+        let [in_step, is_saving, has_failed] = [self.in_step, self.is_saving, self.has_failed].map(i64::from);
+        [kind, argument, self.step as i64, in_step, self.seconds.to_bits() as i64, is_saving, has_failed]
     }
 
     fn read(numbers: &[i64]) -> Self {
@@ -101,8 +103,9 @@ impl Arrival {
             }
             over => Call::Read { over: Over::ALL[over as usize - 1], numbers: numbers[1] as usize },
         };
-        let (in_step, has_failed) = (numbers[3] != 0, numbers[5] != 0);
-        Self { call, step: numbers[2] as usize, in_step, seconds: f64::from_bits(numbers[4] as u64), has_failed }
+        let [in_step, is_saving, has_failed] = [3, 5, 6].map(|at: usize| numbers[at] != 0);
+        let (step, seconds) = (numbers[2] as usize, f64::from_bits(numbers[4] as u64));
+        Self { call, step, in_step, seconds, is_saving, has_failed }
     }
 
     fn text(&self, with_rate: bool) -> String {
@@ -216,7 +219,14 @@ mod tests {
     use super::*;
 
     fn finish(step: usize, rate: f64) -> Arrival {
-        Arrival { call: Call::FinishStep { rate }, step, in_step: true, seconds: 0.5, has_failed: false }
+        Arrival {
+            call: Call::FinishStep { rate },
+            step,
+            in_step: true,
+            seconds: 0.5,
+            is_saving: false,
+            has_failed: false,
+        }
     }
 
     fn at(line: usize) -> Place {
@@ -233,7 +243,7 @@ mod tests {
             Call::Compute { work: Work::Backward, which: Which::Trained },
             Call::Leave,
         ] {
-            let arrival = Arrival { call, step: 41, in_step: false, seconds: 0.25, has_failed: true };
+            let arrival = Arrival { call, step: 41, in_step: false, seconds: 0.25, is_saving: true, has_failed: false };
             assert_eq!(Arrival::read(&arrival.numbers()), arrival);
         }
     }

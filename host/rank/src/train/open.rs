@@ -254,9 +254,9 @@ impl Run {
         let (recorder, writer) = if group.is_main() {
             let saver = Saver::new(&plan.checkpoint, &plan.model, kind, record, &plan.resolved_yaml)?;
             let picture = plan.output_dir.join("loss.svg");
-            (Some(Recorder::open(&plan.metrics)?), Some(Writer::new(saver, Arc::new(opened.weights), picture)))
+            (Some(Recorder::open(&plan.metrics)?), Writer::main(saver, Arc::new(opened.weights), picture))
         } else {
-            (None, None)
+            (None, Writer::default())
         };
         Run::start(Parts {
             writer,

@@ -1,9 +1,11 @@
 //! One run: what a recipe's calls do. Every rank makes the same calls; what differs is which samples it holds.
 
+mod save;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, VecDeque};
 use std::rc::Rc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use host::config::plan::{ClipPlan, TrainPlan};
 use host::config::registry::keys;
@@ -13,9 +15,8 @@ use host::worker::StopFlag;
 use host::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::{Job, Position, ResumeState, Writer, Written, folder, shards};
+use crate::checkpoint::{Position, Writer};
 use crate::dist::{self, Group};
-use crate::flat::to_host;
 use crate::metrics::{self, Curve, Progress, Recorder, StepMetrics};
 use crate::model::Llama;
 use crate::optim::{AdamW, Schedule};
@@ -48,8 +49,8 @@ pub struct Parts {
     pub layout: BatchLayout,
     pub position: Position,
     pub steps_per_epoch: usize,
-    /// On rank 0, as is the recorder.
-    pub writer: Option<Writer>,
+    pub writer: Writer,
+    /// On rank 0.
     pub recorder: Option<Recorder>,
     pub curve: Curve,
     /// In place of cross-entropy.
@@ -108,35 +109,6 @@ impl Parts {
     fn groups(&self) -> impl Iterator<Item = &Rc<Group>> {
         let parts = self.spread.iter().flat_map(|spread| [&spread.group, &spread.copies]);
         std::iter::once(&self.group).chain(parts)
-    }
-
-    /// Writes what this rank has of a model that ranks share, unless it has failed before; returns the time that rank 0 names
-    /// the save by.
-    fn write_shard(&self, spread: &Spread, name: &str, saved_at: u128, failure: Option<Error>) -> Result<u128> {
-        let group = &self.group;
-        let saved_at = group.from_main(&saved_at.to_le_bytes())?;
-        let saved_at = saved_at.try_into().map(u128::from_le_bytes).map_err(|_| Error::bug("a time has 16 bytes"))?;
-        let prepare = |writer: &Writer| failure.map_or_else(|| writer.prepare(name), Err);
-        group.after_main("write the checkpoint", self.writer.as_ref().map(prepare))?;
-        let pieces = shards::Pieces {
-            parameters: &self.trained.flat().numbers,
-            exp_avg: &self.optimizer.exp_avg,
-            exp_avg_sq: &self.optimizer.exp_avg_sq,
-            master: self.optimizer.master.as_ref(),
-        };
-        let dir = folder::partial(&self.plan.checkpoint.output_dir, name);
-        let Spread { group: sharing, copies, .. } = spread;
-        // The other copies have the same pieces.
-        let written = match copies.is_main() {
-            true => shards::write(&dir, (sharing.rank, sharing.world_size), saved_at, &pieces),
-            false => Ok(()),
-        };
-        let failed = group.which(written.is_err())?;
-        written?;
-        match failed.first() {
-            Some(rank) => Err(dist::stopped(format!("rank {rank} could not write its part of the checkpoint"))),
-            None => Ok(saved_at),
-        }
     }
 
     /// Nothing of the micro-batch is needed any more.
@@ -478,17 +450,23 @@ impl Run {
 
     /// Tells the other ranks what the recipe wants next; fails where it wants something else of them.
     fn meet(&mut self, call: Call) -> Result<Vec<Arrival>> {
-        let written = self.parts.writer.as_mut().and_then(Writer::poll);
+        let written = self.parts.writer.poll();
         self.hear(written);
+        let is_saving = !self.parts.group.is_main() && self.parts.writer.is_under_way();
         let (step, has_failed) = (self.parts.position.step, self.failure.is_some());
         let seconds = self.step.as_ref().map_or(0.0, |step| step.started.elapsed().as_secs_f64());
-        let mine = Arrival { call, step, in_step: self.step.is_some(), seconds, has_failed };
+        let mine = Arrival { call, step, in_step: self.step.is_some(), seconds, is_saving, has_failed };
         let met = lockstep::meet(&self.parts.group, mine);
         if let Some(failure) = self.failure.take() {
             return Err(failure);
         }
         match met? {
-            Met::Together(ranks) => Ok(ranks),
+            Met::Together(ranks) => {
+                if !ranks.iter().any(|rank| rank.is_saving) {
+                    self.parts.writer.all_pieces_written();
+                }
+                Ok(ranks)
+            }
             Met::Apart(apart) => {
                 self.apart = Some(apart);
                 Err(Error::run("the recipe did not do the same on all ranks"))
@@ -505,9 +483,10 @@ impl Run {
         if is_shared && !is_done { self.meet(Call::Compute { work, which }).map(drop) } else { Ok(()) }
     }
 
-    /// Tells the other ranks that the recipe has returned.
+    /// Tells the other ranks that the recipe has returned; what it has saved is whole then.
     pub fn leave(&mut self) -> Result<()> {
-        self.meet(Call::Leave).map(drop)
+        self.meet(Call::Leave)?;
+        self.settle_save()
     }
 
     /// What a failure of the run is to say: of ranks that went apart, where each of them is.
@@ -753,66 +732,10 @@ impl Run {
         Ok(())
     }
 
-    /// Begins to write a checkpoint, once the one before is written.
-    fn save(&mut self, name: &str) -> Result<()> {
-        let started = Instant::now();
-        let before = self.parts.writer.as_mut().and_then(Writer::wait);
-        self.hear(before);
-        let parts = &mut self.parts;
-        let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-        let (saved_at, shards) = match parts.trained.sharding() {
-            Some(sharding) => {
-                let spread = &sharding.spread;
-                (parts.write_shard(spread, name, saved_at, self.failure.take())?, spread.group.world_size)
-            }
-            None => (saved_at, 0),
-        };
-        let Some(writer) = parts.writer.as_mut().filter(|_| self.failure.is_none()) else { return Ok(()) };
-        let trained = parts.trained.snapshot();
-        // Shared, it is on disk already.
-        let keep = |moment: &Tensor| if shards > 0 { moment.shallow_clone() } else { to_host(moment) };
-        let state = ResumeState {
-            position: Position { saved_at, shards, ..parts.position.clone() },
-            adapter: trained.lora().map(|adapter| adapter.flat.numbers.shallow_clone()),
-            exp_avg: keep(&parts.optimizer.exp_avg),
-            exp_avg_sq: keep(&parts.optimizer.exp_avg_sq),
-            master: parts.optimizer.master.as_ref().map(keep),
-        };
-        let (name, curve) = (name.to_owned(), parts.curve.clone());
-        writer.start(Job { name, trained, state, curve, held: started.elapsed() })
-    }
-
-    /// Takes note of what became of a checkpoint.
-    fn hear(&mut self, written: Option<Result<Written>>) {
-        match written {
-            None => {}
-            Some(Err(error)) => drop(self.failure.get_or_insert(error)),
-            Some(Ok(Written { folder, held, took })) => {
-                let (held, took) = (held.as_secs_f64(), took.as_secs_f64());
-                let line = format!("training was held for {held:.3} s; saved {} in {took:.2} s", folder.display());
-                metrics::say(self.progress.as_ref(), &line);
-            }
-        }
-    }
-
     fn begin_progress(&mut self) {
         if self.parts.group.is_main() && !self.is_complete() {
             self.progress = Some(Progress::epoch(self.parts.steps_per_epoch, self.parts.position.step_in_epoch));
         }
-    }
-
-    /// The last thing that a run does: its checkpoint is whole, on all ranks or none.
-    fn end(&mut self) -> Result<()> {
-        let written = self.parts.writer.as_mut().and_then(Writer::wait);
-        self.hear(written);
-        self.end_progress();
-        let group = &self.parts.group;
-        let outcome = group.is_main().then(|| self.failure.take().map_or(Ok(()), Err));
-        group.after_main("write the checkpoint", outcome)?;
-        if group.is_main() && group.world_size > 1 {
-            tracing::info!("{}", self.waiting);
-        }
-        Ok(())
     }
 
     fn end_progress(&mut self) {
