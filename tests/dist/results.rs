@@ -244,7 +244,12 @@ fn a_run_tells_what_it_does() {
     let case = Case::new();
     let ended = Ended::of(&mut case.run(WASM, &[TWO_RANKS, &["max_steps_per_epoch=2"]].concat()));
     assert_eq!(ended.code, 0, "{}", ended.stderr);
+    // Which is the faster one, and by how much, is the machine's.
+    let placed = "\n                                   replicate         shard\n  memory of a rank, GB  ";
     for line in [
+        "placement: ",
+        " a rank; `host plan` says more\n",
+        placed,
         "model: 4 layers, 1850496 parameters, 14336 trainable (0.77%), fp32 on cpu, loaded in ",
         "data: 80 rows, 2 steps an epoch of 8 samples, epochs: 1",
         "Writing logs to out/logs/log.jsonl",
@@ -277,6 +282,8 @@ fn a_run_tells_what_it_does() {
     let text = ["output_dir=text", "max_steps_per_epoch=2", "metric_logger.output_fmt=txt"];
     let ended = Ended::of(&mut case.run(WASM, &text));
     assert_eq!(ended.code, 0, "{}", ended.stderr);
+    // Of one rank there is nothing to choose.
+    assert!(ended.stderr.contains("memory: about ") && !ended.stderr.contains("placement: "), "{}", ended.stderr);
     let text = std::fs::read_to_string(case.path("text/logs/log.jsonl")).unwrap();
     assert!(text.lines().nth(1).unwrap().starts_with("Step 1 | loss:"), "{text}");
 }

@@ -8,12 +8,14 @@ mod choice;
 pub mod cost;
 mod job;
 pub mod memory;
+mod table;
 
 pub use at_hand::at_hand;
 pub use choice::{Candidate, Choice, Question, choose, gb};
 pub use cost::{Cost, Ranks, Way};
 pub use job::{Job, Lengths};
 pub use memory::Memory;
+pub use table::{Summary, Table};
 
 use crate::config::plan::{Parallel, PlacementPlan};
 use crate::{Error, Result};

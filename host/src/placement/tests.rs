@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use insta::assert_snapshot;
+
 use super::memory::Where;
 use super::*;
 use crate::config::Config;
@@ -173,4 +175,32 @@ fn what_would_fit_fits() {
         overrides.extend(change.split(' '));
         assert!(error(&plan(FULL, &overrides)).is_none(), "{change}");
     }
+}
+
+/// What a run says before it loads a model: a table where there was something to choose, else a line.
+#[test]
+fn a_run_says_what_it_was_placed_by() {
+    let said = |plan: &TrainPlan, memory_gb: f64, world_size: usize| {
+        let hardware = gpus(memory_gb);
+        let choice = choose(&question(plan, &hardware, world_size)).unwrap();
+        Summary { choice: &choice, world_size }.to_string().trim_end().to_owned()
+    };
+    let open = plan(FULL, &["parallel=auto"]);
+    assert_snapshot!(said(&open, 80.0, 8), @"
+    placement: replicate, the fastest that fits 80.0 GB a rank; `host plan` says more
+                                       replicate         shard
+      memory of a rank, GB                  16.9          9.75
+      of the machine's, GB                  7.94          1.45
+      a step, s                             1.85          2.41
+    ");
+    assert_snapshot!(said(&open, 14.0, 8), @"
+    placement: shard, the fastest that fits 14.0 GB a rank; `host plan` says more
+                                       replicate         shard
+      memory of a rank, GB                  16.9          9.75
+      of the machine's, GB                  7.94          1.45
+      a step, s                             1.85          2.41
+      fits                                    no           yes
+    ");
+    assert_snapshot!(said(&plan(FULL, &["parallel=shard"]), 14.0, 8), @"placement: shard, about 9.75 GB of 14.0 GB a rank");
+    assert_snapshot!(said(&open, 80.0, 1), @"memory: about 16.9 GB of 80.0 GB");
 }

@@ -1,8 +1,8 @@
 //! What each rank is to hold of the model: decided by rank 0, from the data as it is and the memory that is free, for all.
 
-use host::config::plan::TrainPlan;
+use host::config::plan::{Parallel, TrainPlan};
 use host::data::Tokenized;
-use host::placement::{self, Choice, Job, Lengths, Placement, Question, Ranks, gb};
+use host::placement::{self, Choice, Job, Lengths, Placement, Question, Ranks, Summary};
 use host::worker::WorkerEnv;
 use host::{Error, Result};
 
@@ -36,25 +36,19 @@ fn on_main(plan: &TrainPlan, data: &Tokenized, env: &WorkerEnv) -> Result<Placem
     };
     let choice = placement::choose(&question)?;
     choice.check(&question)?;
-    say(&choice, env.world_size);
+    say(&choice, plan, env.world_size);
     Ok(choice.chosen().placement)
 }
 
-/// One line where there was something to decide, or where it is close.
-fn say(choice: &Choice, world_size: usize) {
-    let chosen = choice.chosen();
-    let (name, need, have) = (chosen.placement.describe(), gb(chosen.need_bytes), gb(choice.have_bytes));
-    if !chosen.fits {
-        tracing::warn!("a rank needs about {need} ({name}) and has {have}: it may not fit");
-    } else if choice.candidates.len() > 1 {
-        let others = choice.candidates.iter().enumerate().filter(|(index, _)| *index != choice.chosen);
-        let others: Vec<_> =
-            others.map(|(_, other)| format!("{} {}", other.placement.describe(), gb(other.need_bytes))).collect();
-        tracing::info!(
-            "placement: {name}, about {need} of {have} a rank ({}); `host plan` says more",
-            others.join(", ")
-        );
-    } else if world_size > 1 {
-        tracing::debug!("placement: {name}, about {need} of {have} a rank");
+/// What it was decided by. A run whose config decides says it only where it is close.
+fn say(choice: &Choice, plan: &TrainPlan, world_size: usize) {
+    let summary = Summary { choice, world_size }.to_string();
+    let summary = summary.trim_end();
+    if !choice.chosen().fits {
+        tracing::warn!("the run may not fit\n{summary}");
+    } else if plan.placement.parallel == Parallel::Auto {
+        tracing::info!("{summary}");
+    } else {
+        tracing::debug!("{summary}");
     }
 }

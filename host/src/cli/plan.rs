@@ -11,11 +11,8 @@ use crate::config::resolve::{self, Surroundings};
 use crate::data;
 use crate::data::split::{self, Boundary};
 use crate::error::{Error, Result};
-use crate::placement::{self, Candidate, Choice, Job, Lengths, Placement, Question, Ranks, Way};
+use crate::placement::{self, Candidate, Choice, Job, Lengths, Placement, Question, Ranks, Table, Way};
 use crate::tokenizer::Tokenizer;
-use table::Table;
-
-mod table;
 
 const EXAMPLES: &str = "\
 Examples:

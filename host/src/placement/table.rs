@@ -1,9 +1,10 @@
-//! The estimates as a person reads them: a column for each placement.
+//! The estimates as a person reads them, a column for each placement: all of them, for `host plan`, and those that decided,
+//! for a run that begins.
 
 use std::fmt;
 
-use crate::placement::memory::{Part, Where};
-use crate::placement::{Candidate, Choice, Placement, Question, gb};
+use super::memory::{Part, Where};
+use super::{Candidate, Choice, Placement, Question, gb};
 
 pub struct Table<'a> {
     pub question: &'a Question<'a>,
@@ -22,12 +23,45 @@ impl fmt::Display for Table<'_> {
         self.head(f)?;
         self.memory(f)?;
         self.time(f)?;
+        write!(f, "\n{}: {}", self.choice.chosen().placement.describe(), self.choice.verdict())
+    }
+}
+
+/// Which placement was taken, and by what; one line where there was nothing to choose.
+pub struct Summary<'a> {
+    pub choice: &'a Choice,
+    pub world_size: usize,
+}
+
+impl fmt::Display for Summary<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Choice { candidates, have_bytes, .. } = self.choice;
         let chosen = self.choice.chosen();
-        let name = chosen.placement.describe();
-        match (chosen.fits, self.choice.candidates.len()) {
-            (true, 1) => write!(f, "\n{name}: fits"),
-            (true, _) => write!(f, "\n{name}: the fastest that fits"),
-            (false, _) => write!(f, "\n{name}: does not fit"),
+        let (name, need, have) = (chosen.placement.describe(), gb(chosen.need_bytes), gb(*have_bytes));
+        if self.world_size == 1 {
+            return writeln!(f, "memory: about {need} of {have}");
+        }
+        if candidates.len() == 1 {
+            return writeln!(f, "placement: {name}, about {need} of {have} a rank");
+        }
+        let verdict = self.choice.verdict();
+        writeln!(f, "placement: {name}, {verdict} {have} a rank; `host plan` says more")?;
+        line(f, "", candidates.iter().map(column))?;
+        totals(f, "  memory of a rank, GB", "  of the machine's, GB", candidates)?;
+        line(f, "  a step, s", candidates.iter().map(|candidate| figure(candidate.cost.step_seconds)))?;
+        if candidates.iter().all(|candidate| candidate.fits) {
+            return Ok(());
+        }
+        line(f, "  fits", candidates.iter().map(|candidate| if candidate.fits { "yes" } else { "no" }.to_owned()))
+    }
+}
+
+impl Choice {
+    fn verdict(&self) -> &'static str {
+        match (self.chosen().fits, self.candidates.len()) {
+            (true, 1) => "fits",
+            (true, _) => "the fastest that fits",
+            (false, _) => "does not fit",
         }
     }
 }
@@ -73,7 +107,7 @@ impl Table<'_> {
 
     fn memory(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let columns = &self.choice.candidates;
-        line(f, "memory of a rank, GB", columns.iter().map(name))?;
+        line(f, "memory of a rank, GB", columns.iter().map(column))?;
         let mut names: Vec<&str> = vec![];
         for part in columns.iter().flat_map(|candidate| &candidate.memory.parts) {
             if !names.contains(&part.name) {
@@ -87,10 +121,7 @@ impl Table<'_> {
             };
             line(f, &format!("  {name}"), columns.iter().map(cell))?;
         }
-        line(f, "  at most", columns.iter().map(|candidate| figure(candidate.need_bytes / 1e9)))?;
-        if columns.iter().any(|candidate| candidate.host_need_bytes > 0.0) {
-            line(f, "  of the machine's", columns.iter().map(|candidate| figure(candidate.host_need_bytes / 1e9)))?;
-        }
+        totals(f, "  at most", "  of the machine's", columns)?;
         if columns.iter().any(|candidate| candidate.memory.parts.iter().any(|part| !candidate.memory.is_at_peak(part)))
         {
             writeln!(f, "  (parts in brackets are there when less is taken in all)")?;
@@ -101,7 +132,7 @@ impl Table<'_> {
     fn time(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let columns: Vec<&Candidate> = self.choice.candidates.iter().chain(self.other).collect();
         let names = columns.iter().enumerate().map(|(index, candidate)| match index < self.choice.candidates.len() {
-            true => name(candidate),
+            true => column(candidate),
             false => "torchtune".to_owned(),
         });
         line(f, "a step", names)?;
@@ -116,7 +147,7 @@ impl Table<'_> {
         row("start, s", &|c| figure(c.cost.start_seconds))?;
         row("a checkpoint, s", &|c| figure(c.cost.save_seconds))?;
         if self.question.rows.is_some() {
-            let of = |c: &Candidate, value: fn(&crate::placement::cost::RunCost) -> f64| {
+            let of = |c: &Candidate, value: fn(&super::cost::RunCost) -> f64| {
                 c.cost.run.as_ref().map_or("-".to_owned(), |run| duration(value(run)))
             };
             row("steps an epoch", &|c| {
@@ -129,8 +160,17 @@ impl Table<'_> {
     }
 }
 
-/// Of a column.
-fn name(candidate: &Candidate) -> String {
+/// The device's and the machine's memory at its busiest.
+fn totals(f: &mut fmt::Formatter<'_>, device: &str, host: &str, columns: &[Candidate]) -> fmt::Result {
+    line(f, device, columns.iter().map(|candidate| figure(candidate.need_bytes / 1e9)))?;
+    if columns.iter().any(|candidate| candidate.host_need_bytes > 0.0) {
+        line(f, host, columns.iter().map(|candidate| figure(candidate.host_need_bytes / 1e9)))?;
+    }
+    Ok(())
+}
+
+/// The name of a column.
+fn column(candidate: &Candidate) -> String {
     match candidate.placement {
         Placement { is_sharded: false, .. } => "replicate".to_owned(),
         Placement { copies: 1, .. } => "shard".to_owned(),
