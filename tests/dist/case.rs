@@ -166,7 +166,10 @@ impl Case {
         command.current_dir(self.dir.path()).env("XDG_CACHE_HOME", self.path("cache")).stdin(Stdio::null());
         let group = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
         let torchrun = ["TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"];
-        for name in group.into_iter().chain(torchrun).chain(["HOST_LOG", "OMP_NUM_THREADS", "RUST_BACKTRACE"]) {
+        let slurm = ["SLURM_STEP_NUM_TASKS", "SLURM_PROCID"];
+        for name in
+            group.into_iter().chain(torchrun).chain(slurm).chain(["HOST_LOG", "OMP_NUM_THREADS", "RUST_BACKTRACE"])
+        {
             command.env_remove(name);
         }
         // Tests run at the same time: threads that wait for work must not keep the cores from those that have some.

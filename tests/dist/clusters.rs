@@ -3,8 +3,9 @@
 use std::os::unix::fs::PermissionsExt;
 
 use host_ffi::dist::Store;
+use insta::assert_snapshot;
 
-use crate::case::{Case, Ended, Running, STEPS, WASM, root};
+use crate::case::{Case, Ended, Running, STEPS, WASM, free_port, root};
 use crate::nodes::with_nodes;
 
 /// The commands of a page, which stand four columns in.
@@ -156,4 +157,26 @@ fn in_containers() {
     let command = |node: &str| format!("host {}", compose["services"][node]["command"].as_str().unwrap());
     trains_as_one_process(&Case::new(), &on_both(&[command("node0"), command("node1")]));
     assert_eq!(compose["services"]["rocm"]["command"], "run lora_distributed --config train.yaml --nproc gpu");
+}
+
+/// srun starts each of its tasks alike; without flags that say otherwise each is a run of its own.
+#[test]
+fn tasks_of_slurm_that_are_no_run_together_are_told_so() {
+    let case = Case::new();
+    let notices = |tasks: &str, task: &str, rank: Option<&str>| {
+        let mut command = case.run(WASM, &["max_steps_per_epoch=1", "~dataset_val"]);
+        command.env("SLURM_STEP_NUM_TASKS", tasks).env("SLURM_PROCID", task);
+        if let Some(rank) = rank {
+            let group =
+                [("LOCAL_RANK", rank), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")];
+            command.env("RANK", rank).envs(group).env("MASTER_PORT", free_port().to_string());
+        }
+        let ended = Ended::of(&mut command);
+        assert_eq!(ended.code, 0, "{}", ended.stderr);
+        ended.stderr.lines().filter(|line| line.starts_with("notice:")).collect::<Vec<_>>().join("\n")
+    };
+    assert_snapshot!(notices("4", "0", None), @r#"notice: srun starts this command 4 times, each a run of its own, and all write to one `output_dir`; for one run start it once a node (`--ntasks-per-node=1`) with `--nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --rdzv-endpoint FIRST_NODE:29500`, as examples/slurm does (command line)"#);
+    for (tasks, task, rank) in [("4", "1", None), ("1", "0", None), ("4", "0", Some("0"))] {
+        assert_eq!(notices(tasks, task, rank), "", "task {task} of {tasks}");
+    }
 }

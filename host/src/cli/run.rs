@@ -62,7 +62,8 @@ pub fn run(args: &Args) -> Result<()> {
     notices.extend(check::check(&plan, &config)?);
     notices.extend(hub_data::settle(&mut plan, &config, true)?);
     if is_first_rank() {
-        notices.splice(0..0, flags.into_iter().map(Notice::command_line));
+        let apart = args.torchrun.slurm_notice().filter(|_| matches!(plan, Plan::Train(_)));
+        notices.splice(0..0, flags.into_iter().chain(apart).map(Notice::command_line));
         ui::notices(&notices);
     }
     let nproc = args.torchrun.nproc(&plan)?;

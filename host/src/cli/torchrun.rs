@@ -212,6 +212,20 @@ impl Args {
         }
     }
 
+    /// What to know where srun starts this program several times, and nothing makes one run of them. The first one says it.
+    pub fn slurm_notice(&self) -> Option<String> {
+        let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
+        let tasks = number("SLURM_STEP_NUM_TASKS").filter(|tasks| *tasks > 1)?;
+        let is_joined = self.nnodes > 1 || std::env::var_os("RANK").is_some();
+        (!is_joined && number("SLURM_PROCID").unwrap_or(0) == 0).then(|| {
+            format!(
+                "srun starts this command {tasks} times, each a run of its own, and all write to one `output_dir`; for one run start \
+                 it once a node (`--ntasks-per-node=1`) with `--nnodes \"$SLURM_NNODES\" --node-rank \"$SLURM_NODEID\" \
+                 --rdzv-endpoint FIRST_NODE:29500`, as examples/slurm does"
+            )
+        })
+    }
+
     /// What to know about flags that change nothing; an error for those that cannot be obeyed.
     pub fn notices(&self) -> Result<Vec<String>> {
         let mut notices = vec![];
