@@ -1,82 +1,117 @@
-"""Two processes of torchtune that share a model, as its distributed recipes do it: FSDP2 over Gloo, bf16.
+"""torchtune's own distributed recipes on two processes of this machine: FSDP2 over Gloo, bf16.
 
 Usage: torchtune_shared.py MODEL_DIR ROWS.json BATCH ACCUMULATION lora|full
-Rank 0 prints one JSON line after each optimizer step. The loop is that of `lora_finetune_distributed` and
-`full_finetune_distributed` without what is not training.
+Rank 0 prints one JSON line after each optimizer step. Loading, loop and updates are those of the installed
+`lora_finetune_distributed` and `full_finetune_distributed`; given to them are the rows, the weights and a place for the
+losses; taken from them are checkpoints and what they do to a GPU's memory.
 """
 
+import gc
+import importlib.util
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import nn
+import torchtune
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset
 from torchtune import training
-from torchtune.data import padded_collate_sft
-from torchtune.models.llama3_2 import llama3_2
-from torchtune.modules.loss import CEWithChunkedOutputLoss
-from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
 
-from torchtune_lora import lora_model, read, shape
+from torchtune_lora import read, shape
 
 RANKS = 2
-CPU = torch.device("cpu")
+
+
+class Rows(Dataset):
+    def __init__(self, tokenizer, path: str):
+        self.rows = json.load(open(path))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+
+class Tokenizer:
+    pad_id = 2
+
+
+class Lines:
+    def log_config(self, config) -> None:
+        pass
+
+    def log_dict(self, payload: dict, step: int) -> None:
+        print(json.dumps({"step": step, "loss": float(payload["loss"])}), flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def constant(optimizer, num_training_steps: int, last_epoch: int):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+
+def config(model: dict, rows_path: str, batch_size: int, accumulation: int, method: str):
+    part = lambda name, **settings: {"_component_": name, **settings}
+    own = lambda name, **settings: part(f"torchtune_shared.{name}", **settings)
+    factory = "torchtune.models.llama3_2." + ("lora_llama3_2" if method == "lora" else "llama3_2")
+    adapter = dict(lora_attn_modules=["q_proj", "v_proj"], apply_lora_to_mlp=False, lora_rank=8, lora_alpha=16)
+    rate = 3e-4 if method == "lora" else 2e-5
+    return OmegaConf.create({
+        "model": part(factory, **shape(model), **(adapter if method == "lora" else {})),
+        "optimizer": part("torch.optim.AdamW", lr=rate, weight_decay=0.01, fused=True),
+        "lr_scheduler": own("constant"),
+        # Its default of 8 chunks is four times slower in bf16 on a CPU.
+        "loss": part("torchtune.modules.loss.CEWithChunkedOutputLoss", num_output_chunks=1),
+        "dataset": own("Rows", path=rows_path),
+        "tokenizer": own("Tokenizer"),
+        "metric_logger": own("Lines"),
+        "checkpointer": {},
+        "resume_from_checkpoint": False,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation // RANKS,
+        "shuffle": False,
+        "epochs": 1,
+        "max_steps_per_epoch": None,
+        "seed": 42,
+        "device": "cpu",
+        "dtype": "bf16",
+        "output_dir": "",
+    })
+
+
+def recipe(method: str, settings):
+    """The recipe; torchtune lets nobody import its recipes."""
+    path = Path(torchtune.__file__).parents[1] / f"recipes/{method}_finetune_distributed.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    name = {"lora": "LoRA", "full": "Full"}[method] + "FinetuneRecipeDistributed"
+    return getattr(module, name)(settings)
 
 
 def main(rank: int, model_dir: Path, rows_path: str, batch_size: int, accumulation: int, method: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo")
-    rows = json.load(open(rows_path))
-    torch.manual_seed(42)
-    model = load(model_dir, method)
-    learning_rate = 3e-4 if method == "lora" else 2e-5
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01, fused=True)
-    loss_fn = CEWithChunkedOutputLoss(num_output_chunks=1)
-    model.set_num_output_chunks(loss_fn.num_output_chunks)
-    per_step = batch_size * accumulation
-    for step, start in enumerate(range(0, len(rows), per_step), 1):
-        loss_sum, num_labels = torch.zeros(()), torch.zeros((), dtype=torch.long)
-        mine = rows[start : start + per_step][rank::RANKS]
-        for first in range(0, len(mine), batch_size):
-            batch = padded_collate_sft(mine[first : first + batch_size], padding_idx=2)
-            labels = batch.pop("labels")
-            count = (labels != -100).sum()
-            labels = torch.hstack((labels[..., 1:], torch.full((labels.shape[0], 1), -100)))
-            loss = loss_fn(model(**batch), labels) * count
-            loss_sum, num_labels = loss_sum + loss.detach(), num_labels + count
-            loss.backward()
-        dist.all_reduce(num_labels)
-        dist.all_reduce(loss_sum)
-        training.scale_grads(model, RANKS / num_labels)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if rank == 0:
-            print(json.dumps({"step": step, "loss": (loss_sum / num_labels).item()}), flush=True)
-    dist.destroy_process_group()
-
-
-def load(model_dir: Path, method: str) -> nn.Module:
-    config = json.loads((model_dir / "config.json").read_text())
-    with training.set_default_dtype(torch.bfloat16), torch.device("meta"):
-        model = lora_model(config) if method == "lora" else llama3_2(**shape(config))
+    # Of a GPU alone, and asked on a CPU too.
+    training.get_memory_stats = training.log_memory_stats = lambda *_, **__: None
+    training.cleanup_before_training = gc.collect
+    model = json.loads((model_dir / "config.json").read_text())
+    settings = config(model, rows_path, batch_size, accumulation, method)
     if method == "lora":
-        set_trainable_params(model, get_adapter_params(model))
-    conditions = [partial(training.get_shard_conditions, names_to_match=None)]
-    training.shard_model(model=model, shard_conditions=conditions, cpu_offload=False, reshard_after_forward=True)
-    with training.set_default_dtype(torch.bfloat16), CPU:
-        for module in model.modules():
-            if isinstance(module, LoRALinear):
-                module.to_empty(device=CPU)
-                module.initialize_parameters()
-            if hasattr(module, "rope_init"):
-                module.rope_init()
-    training.load_from_full_model_state_dict(model, read(model_dir, config), CPU, cpu_offload=False)
-    training.validate_no_params_on_meta_device(model)
-    return model.train()
+        torch.distributed.init_process_group("gloo")
+    run = recipe(method, settings)
+    weights = {training.MODEL_KEY: read(model_dir, model)}
+    if method == "lora":
+        run.load_checkpoint, run.save_checkpoint = lambda **_: weights, lambda **_: None
+    else:
+        client = run._checkpoint_client
+        client.load_base_checkpoint, client.save_checkpoint = lambda: weights, lambda **_: None
+    run.setup(settings)
+    run.train()
+    run.cleanup()
 
 
 if __name__ == "__main__":
