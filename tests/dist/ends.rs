@@ -1,12 +1,13 @@
 //! Runs that are killed, stopped or cannot meet.
 
 use std::net::TcpListener;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use insta::assert_snapshot;
 use rustix::process::{Signal, kill_process};
 
-use crate::case::{Case, Ended, LONG, Running, STEPS, WASM, free_port, lives};
+use crate::case::{Case, Ended, LONG, Running, STEPS, WASM, free_port, lives, workers_with};
 
 const TWO_LONG: &[&str] = &["--nproc", "2"];
 const RANKS: [usize; 2] = [0, 1];
@@ -60,6 +61,50 @@ fn a_frozen_rank_ends_the_run_and_is_named() {
         assert_eq!(report.matches("error: ").count(), 1, "{report}");
         assert_eq!(case.checkpoints("out"), [""; 0]);
     }
+}
+
+/// Makes rank 1 of the first attempt stand still as it ends, when no rank has to do with another any more.
+const FREEZE: &str = r#"
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+static int is(const char *name, const char *value) { return getenv(name) && strcmp(getenv(name), value) == 0; }
+__attribute__((destructor)) static void freeze(void) {
+    if (getenv("HOST_REPORT") && is("RANK", "1") && is("TORCHELASTIC_RESTART_COUNT", "0")) raise(SIGSTOP);
+}
+"#;
+
+/// Nobody waits for it then but the launcher, and what it has done is not lost.
+#[test]
+fn a_rank_that_is_frozen_at_its_end_is_named() {
+    let case = Case::new();
+    case.write("freeze.c", FREEZE);
+    let mut compiler = Command::new("c++");
+    compiler.current_dir(case.path("")).args(["-x", "c", "-shared", "-fPIC", "-o", "freeze.so", "freeze.c"]);
+    assert!(compiler.status().unwrap().success());
+    let arguments = ["--nproc", "2", "collective_timeout_seconds=3"];
+    let straight = case.losses(WASM, "straight", &arguments);
+    let frozen = |more: &[&str]| {
+        let mut command = case.run(WASM, &[&arguments, more].concat());
+        Ended::of(command.env("LD_PRELOAD", case.path("freeze.so")))
+    };
+    let adapter = |run: &str| case.contents(&format!("{run}/epoch_0/adapter")).remove("adapter_model.safetensors");
+    let ended = frozen(&[]);
+    assert_eq!(workers_with(&case), []);
+    assert_snapshot!(ended.report(), @"
+    exit 1
+    error: the worker had not ended 3 s after others had (rank 1)
+    cause: its process was stopped, as SIGSTOP does
+    hint: what the run has saved is whole: ranks end only once it is
+    hint: `collective_timeout_seconds` is how long ranks wait for each other
+    ");
+    assert_eq!(case.log("out"), straight);
+    assert!(adapter("out") == adapter("straight"), "other weights");
+
+    let ended = frozen(&["--max-restarts", "1", "output_dir=again"]);
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert!(ended.stderr.contains("restart 1 of 1, from step 5 (`epoch_0`): "), "{}", ended.stderr);
+    assert!(adapter("again") == adapter("straight"), "other weights");
 }
 
 /// Nor where it never comes to the ranks' meeting.

@@ -29,8 +29,6 @@ const RESUME: &str = "resume_from_checkpoint=True";
 const MOST_HARM: usize = 4;
 /// Workers of a launcher that was killed follow it within this.
 const ORPHANS: Duration = Duration::from_secs(20);
-/// Steps in the log after which a rank of [`RUN`] on two is not frozen any more.
-const NEARLY_DONE: usize = 75;
 /// How much more memory the second half of a run may need than the first: nothing but noise.
 const GROWTH: f64 = 1.03;
 
@@ -253,10 +251,7 @@ fn attempt(case: &Case, recipe: &str, settings: &[&str], harm: Option<Harm>, cou
                 ways_to_end.push(1);
             }
             How::FreezeRank => {
-                // Of ranks that are done none waits for another.
-                let is_early = lines(case, "out").iter().filter(|line| line["loss"].is_number()).count() < NEARLY_DONE;
-                let worker = run.workers().into_iter().find(|(number, _)| *number == rank);
-                if let Some((_, worker)) = worker.filter(|_| is_early) {
+                if let Some((_, worker)) = run.workers().into_iter().find(|(number, _)| *number == rank) {
                     let _ = kill_process(worker, Signal::STOP);
                     count(counts, "ranks frozen", 1);
                     frozen = Some(rank);

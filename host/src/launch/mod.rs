@@ -26,7 +26,7 @@ use crate::{libtorch, machine, saved};
 
 pub use logs::{Logs, Streams};
 pub use nodes::Endpoint;
-use nodes::{Checkpoint, Hello, Next, Nodes, Outcome, Place, Round};
+use nodes::{Checkpoint, Hello, Next, Nodes, Others, Outcome, Place, Round};
 use ranks::Requests;
 
 /// What the command line says about how ranks meet, what becomes of them, and where their output goes.
@@ -69,6 +69,9 @@ trait Job: Serialize {
     fn output_dir(&self) -> Option<&Path>;
 
     fn go_on_from(&mut self, checkpoint: PathBuf);
+
+    /// How long its ranks wait for each other, of a job whose ranks end together.
+    fn patience(&self) -> Option<Duration>;
 }
 
 impl Job for Plan {
@@ -82,6 +85,13 @@ impl Job for Plan {
     fn go_on_from(&mut self, checkpoint: PathBuf) {
         if let Plan::Train(plan) = self {
             (plan.checkpoint.resume, plan.checkpoint.resume_from) = (true, Some(checkpoint));
+        }
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        match self {
+            Plan::Train(plan) => Some(Duration::from_secs_f64(plan.collective_timeout_seconds)),
+            Plan::Generate(_) | Plan::Preview(_) | Plan::Check(_) | Plan::Test(_) => None,
         }
     }
 }
@@ -177,7 +187,7 @@ impl Launcher {
         let mut requests = Requests::listen()?;
         let place = match &self.group {
             Group::Joined(vars, rendezvous) => {
-                let outcome = self.start_and_wait(&job, vars, rendezvous, 1, &mut requests, || false);
+                let outcome = self.start_and_wait(&job, vars, rendezvous, 1, &mut requests, || Others::Running);
                 return outcome.error.map_or(Ok(()), |mut error| {
                     if vars.world_size > 1 && error.kind != Kind::Interrupted {
                         error.rank.get_or_insert(vars.rank);
@@ -244,7 +254,7 @@ impl Launcher {
             master_port: *master_port,
         };
         let rendezvous = Rendezvous { attempt: *attempt, timeout: place.timeout, has_store: false };
-        self.start_and_wait(job, &vars, &rendezvous, nproc, requests, || nodes.must_stop())
+        self.start_and_wait(job, &vars, &rendezvous, nproc, requests, || nodes.others())
     }
 
     fn start_and_wait(
@@ -254,15 +264,16 @@ impl Launcher {
         rendezvous: &Rendezvous,
         count: usize,
         requests: &mut Requests,
-        mut must_stop: impl FnMut() -> bool,
+        mut others: impl FnMut() -> Others,
     ) -> Outcome {
         let mut for_others = false;
         let ended = self.start(job, first, rendezvous, count).map(|ranks| {
             // The folder has to be there until they have ended.
             let (_folder, ranks) = ranks;
-            ranks.wait(requests, || {
-                for_others |= must_stop();
-                for_others
+            ranks.wait(requests, job.patience(), || {
+                let others = others();
+                for_others |= others == Others::Failed;
+                others
             })
         });
         let asked = requests.asked();

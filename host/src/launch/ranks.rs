@@ -14,6 +14,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::logs::{Logs, Sinks, Stream};
+use super::nodes::Others;
 use crate::error::{Error, Result};
 use crate::worker::{Report, WorkerEnv, since_epoch};
 
@@ -87,6 +88,15 @@ pub(super) struct Ended {
     pub poll: u64,
     /// The signals we sent before it ended.
     pub sent: Vec<Signal>,
+    pub late: Option<Late>,
+}
+
+/// A rank that was still there so long after another had come to the end that all come to together.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Late {
+    pub by: Duration,
+    /// What its process was doing then, as `/proc` spells it.
+    pub state: Option<char>,
 }
 
 impl Ended {
@@ -105,6 +115,7 @@ struct Worker {
     child: Child,
     report_path: Option<PathBuf>,
     sent: Vec<Signal>,
+    late: Option<Late>,
 }
 
 impl Worker {
@@ -116,7 +127,7 @@ impl Worker {
 
     fn ended(self, status: Option<ExitStatus>, poll: u64) -> Ended {
         let report = self.report_path.as_deref().and_then(Report::read);
-        Ended { rank: self.rank, status, report, at: since_epoch(), poll, sent: self.sent }
+        Ended { rank: self.rank, status, report, at: since_epoch(), poll, sent: self.sent, late: self.late }
     }
 }
 
@@ -151,11 +162,21 @@ pub(super) struct Ranks {
     polls: u64,
     stop_at: Option<Instant>,
     kill_at: Option<Instant>,
+    /// When the first rank, of any node, came to the end that all come to together.
+    first_end: Option<Instant>,
 }
 
 impl Ranks {
     pub fn new() -> Self {
-        Self { running: vec![], ended: vec![], forwarders: vec![], polls: 0, stop_at: None, kill_at: None }
+        Self {
+            running: vec![],
+            ended: vec![],
+            forwarders: vec![],
+            polls: 0,
+            stop_at: None,
+            kill_at: None,
+            first_end: None,
+        }
     }
 
     /// Starts one worker.
@@ -171,17 +192,27 @@ impl Ranks {
             let forward = move || forward_lines(rank, from, outputs.err, || std::io::stderr().lock());
             self.forwarders.push(std::thread::spawn(forward));
         }
-        self.running.push(Worker { rank, child, report_path: env.report.clone(), sent: vec![] });
+        self.running.push(Worker { rank, child, report_path: env.report.clone(), sent: vec![], late: None });
         Ok(())
     }
 
-    /// Waits until every worker has ended. `must_stop` says when they have to because of others.
-    pub fn wait(mut self, requests: &mut Requests, mut must_stop: impl FnMut() -> bool) -> Vec<Ended> {
+    /// Waits until every worker has ended. `patience` is for those that stay when others have ended, `others` tells of the
+    /// ranks of other nodes.
+    pub fn wait(
+        mut self,
+        requests: &mut Requests,
+        patience: Option<Duration>,
+        mut others: impl FnMut() -> Others,
+    ) -> Vec<Ended> {
         while !self.running.is_empty() {
             self.pass_on(requests);
             self.reap();
-            if self.kill_at.is_none() && must_stop() {
+            let others = others();
+            if self.kill_at.is_none() && others == Others::Failed {
                 self.stop_soon();
+            }
+            if let Some(patience) = patience {
+                self.end_late(patience, others == Others::Ended);
             }
             if !self.end_by_deadline() {
                 break;
@@ -211,6 +242,20 @@ impl Ranks {
     fn stop_soon(&mut self) {
         let stop_at = Instant::now() + SAME_MISTAKE;
         (self.stop_at, self.kill_at) = (Some(stop_at), Some(stop_at + GRACE));
+    }
+
+    /// Ends those that stay when others have ended. Ranks end once the last checkpoint is written and all have said so: who
+    /// is left has nothing to do any more, and nobody waits for it but we.
+    fn end_late(&mut self, patience: Duration, others_ended: bool) {
+        if others_ended || self.ended.iter().any(Ended::by_agreement) {
+            self.first_end.get_or_insert(Instant::now());
+        }
+        if self.kill_at.is_none() && self.first_end.is_some_and(|first| first.elapsed() > patience) {
+            for worker in &mut self.running {
+                worker.late = Some(Late { by: patience, state: state_of(worker.child.id()) });
+            }
+            self.kill_at = Some(Instant::now());
+        }
     }
 
     fn reap(&mut self) {
@@ -274,6 +319,13 @@ impl Drop for Ranks {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
+}
+
+/// The letter that stands for the state of a process.
+fn state_of(pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // It follows the program's name, which stands in brackets and may hold some.
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// Copies lines with the rank's label, each in one write, so that lines of several ranks do not mix.

@@ -108,6 +108,10 @@ impl Job for serde_json::Value {
     fn go_on_from(&mut self, checkpoint: PathBuf) {
         self["checkpoint"] = checkpoint.to_str().into();
     }
+
+    fn patience(&self) -> Option<Duration> {
+        self["patience"].as_f64().map(Duration::from_secs_f64)
+    }
 }
 
 /// Waits for a launcher process of two ranks: its exit code and what it printed to stderr. No rank may be left.
@@ -259,6 +263,50 @@ fn a_rank_that_ignores_sigterm_is_killed() {
     let error = stage.error(2);
     assert_eq!(error.message, "the worker was killed by signal 11 (SIGSEGV)");
     assert_eq!((error.kind, error.exit_code()), (Kind::Bug, 101));
+}
+
+/// It is waited for as long as ranks wait for each other, from the end of the first.
+#[test]
+fn a_rank_that_stands_still_at_the_end_is_named() {
+    for agreed in [0, 130] {
+        let stage = Stage::new(&format!("ready; others; [ $RANK = 1 ] && kill -STOP $$; exit {agreed}"));
+        let error = stage.launcher(3).run(serde_json::json!({ "patience": 0.5 })).unwrap_err();
+        stage.assert_nobody_left(3);
+        insta::allow_duplicates! { insta::assert_snapshot!(error, @"
+        error: the worker had not ended 0.5 s after others had (rank 1)
+        cause: its process was stopped, as SIGSTOP does
+        hint: what the run has saved is whole: ranks end only once it is
+        hint: `collective_timeout_seconds` is how long ranks wait for each other
+        ") };
+        assert_eq!(error.exit_code(), 1);
+    }
+    let stage = Stage::new("ready; others; [ $RANK = 1 ] && sleep 0.3; exit 0");
+    stage.launcher(2).run(serde_json::json!({ "patience": 60.0 })).unwrap();
+}
+
+/// Of another node too, which is told that others have ended.
+#[test]
+fn a_rank_that_stands_still_at_the_end_is_named_on_all_nodes() {
+    for frozen in [0, 1] {
+        let stage = Stage::new(&format!("ready; others; [ $RANK = {frozen} ] && kill -STOP $$; exit 0"));
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let endpoint = Endpoint { host: "127.0.0.1".into(), port };
+        let node = &|node_rank| {
+            let run_id = String::new();
+            let nodes = Some(NodesOptions { num_nodes: 2, node_rank, endpoint: endpoint.clone(), run_id });
+            let launcher = stage.launcher_with(1, &LaunchOptions { nodes, ..LaunchOptions::default() });
+            launcher.run(serde_json::json!({ "patience": 0.5 })).unwrap_err()
+        };
+        let errors = std::thread::scope(|scope| {
+            let nodes = [0, 1].map(|rank| scope.spawn(move || node(rank)));
+            nodes.map(|node| node.join().unwrap())
+        });
+        stage.assert_nobody_left(2);
+        for error in errors {
+            assert_eq!(error.message, "the worker had not ended 0.5 s after others had");
+            assert_eq!(error.rank, Some(frozen));
+        }
+    }
 }
 
 #[test]

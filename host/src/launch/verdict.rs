@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use rustix::process::Signal;
 use signal_hook::low_level::signal_name;
 
-use super::ranks::Ended;
+use super::ranks::{Ended, Late};
 use crate::error::{Error, Kind, Result};
 
 /// The result of all ranks of this launcher.
@@ -34,6 +34,7 @@ fn failed_by_itself(ended: &Ended, asked_to_stop: bool) -> bool {
     let Some(status) = ended.status else { return ended.sent.is_empty() };
     match (status.code(), status.signal().and_then(Signal::from_named_raw)) {
         (Some(0 | 130), _) => false,
+        _ if ended.late.is_some() => true,
         (None, Some(Signal::INT | Signal::TERM)) if asked_to_stop => false,
         (None, Some(signal)) => !ended.sent.contains(&signal),
         _ => true,
@@ -59,6 +60,9 @@ fn without_rank(error: Error) -> Error {
 
 /// Names no rank in the message: [`of`] adds it, where there are several.
 fn error_of(ended: &Ended) -> Error {
+    if let Some(late) = ended.late {
+        return late_error(late);
+    }
     let Some(status) = ended.status else {
         return Error::run("the worker was lost: its process was reaped by somebody else");
     };
@@ -79,6 +83,19 @@ fn error_of(ended: &Ended) -> Error {
         127 => error.hint("a library may be missing or not fit; `host doctor` checks libtorch and the worker"),
         _ => error.hint("its last lines above say more"),
     }
+}
+
+fn late_error(Late { by, state }: Late) -> Error {
+    let state = match state {
+        Some('T' | 't') => "stopped, as SIGSTOP does",
+        Some('D') => "waiting for a disk or a device",
+        Some('R') => "running",
+        _ => "asleep",
+    };
+    Error::run(format!("the worker had not ended {} s after others had", by.as_secs_f64()))
+        .cause(format!("its process was {state}"))
+        .hint("what the run has saved is whole: ranks end only once it is")
+        .hint("`collective_timeout_seconds` is how long ranks wait for each other")
 }
 
 fn killed(signal: i32) -> Error {
@@ -124,7 +141,15 @@ mod tests {
 
     fn ended(rank: usize, poll: u64, wait_status: i32) -> Ended {
         let at = Duration::from_millis(20 * poll);
-        Ended { rank, status: Some(ExitStatus::from_raw(wait_status)), report: None, at, poll, sent: vec![] }
+        Ended {
+            rank,
+            status: Some(ExitStatus::from_raw(wait_status)),
+            report: None,
+            at,
+            poll,
+            sent: vec![],
+            late: None,
+        }
     }
 
     fn reported(rank: usize, poll: u64, ms: u64, message: &str, secondary: bool) -> Ended {

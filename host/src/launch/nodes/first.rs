@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::wire::{FromFirst, FromNode, Line};
 use super::{
-    Checkpoint, Endpoint, Hello, Next, Outcome, POLL, Place, QUIET, Round, claim_port, listen, may_restart, port_error,
-    stopped_early,
+    Checkpoint, Endpoint, Hello, Next, Others, Outcome, POLL, Place, QUIET, Round, claim_port, listen, may_restart,
+    port_error, stopped_early,
 };
 use crate::error::{Error, Kind, Result};
 use crate::launch::ranks::{LONGEST_STOP, Requests};
@@ -33,8 +33,8 @@ pub(in crate::launch) struct First {
 struct Node {
     line: Line,
     is_ready: bool,
-    /// It was told to stop its ranks.
-    is_stopped: bool,
+    /// What it was told of the others.
+    told: Others,
 }
 
 impl First {
@@ -77,7 +77,7 @@ impl First {
         self.outcomes.clear();
         let (attempt, checkpoint) = (self.attempt, self.checkpoint.clone());
         self.tell_all(&FromFirst::Start { attempt, master_port, checkpoint: checkpoint.clone() });
-        self.nodes.values_mut().for_each(|node| (node.is_ready, node.is_stopped) = (false, false));
+        self.nodes.values_mut().for_each(|node| (node.is_ready, node.told) = (false, Others::Running));
         // By whatever name the others know this node: here is an address at which it was reached.
         let reached = self.nodes.values().next().map(|node| node.line.local.to_string());
         let master_addr = reached.unwrap_or_else(|| self.place.master_addr.clone());
@@ -120,22 +120,24 @@ impl First {
         (1..self.place.me.num_nodes).filter(|rank| !self.nodes.get(rank).is_some_and(|node| node.is_ready)).collect()
     }
 
-    pub fn must_stop(&mut self) -> bool {
+    pub fn others(&mut self) -> Others {
         // Who comes late and does not fit is told so, and changes nothing here.
         let _ = self.poll();
-        let must_stop = self.outcomes.iter().any(|(_, outcome)| outcome.error.is_some() && !outcome.agreed);
-        if must_stop {
-            self.stop_others();
-        }
-        must_stop
+        let news = match &self.outcomes[..] {
+            [] => Others::Running,
+            outcomes if outcomes.iter().all(|(_, outcome)| outcome.agreed) => Others::Ended,
+            _ => Others::Failed,
+        };
+        self.tell_of_others(news);
+        news
     }
 
     pub fn settle(&mut self, own: Outcome, requests: &mut Requests, newest: impl Fn() -> Option<Checkpoint>) -> Next {
         self.outcomes.push((0, own));
         let mut give_up = None;
         while self.outcomes.len() < self.place.me.num_nodes {
-            if self.must_stop() || requests.asked() {
-                self.stop_others();
+            if self.others() == Others::Failed || requests.asked() {
+                self.tell_of_others(Others::Failed);
                 let give_up = *give_up.get_or_insert(Instant::now() + LONGEST_STOP);
                 if Instant::now() > give_up {
                     break;
@@ -185,11 +187,12 @@ impl First {
         self.outcomes.iter().any(|(node, _)| *node == rank)
     }
 
-    fn stop_others(&mut self) {
+    /// Tells those nodes that have not ended, once.
+    fn tell_of_others(&mut self, news: Others) {
         let over: Vec<usize> = self.outcomes.iter().map(|(rank, _)| *rank).collect();
-        for (_, node) in self.nodes.iter_mut().filter(|(rank, node)| !over.contains(rank) && !node.is_stopped) {
-            node.is_stopped = true;
-            node.line.tell(&FromFirst::Stop);
+        for (_, node) in self.nodes.iter_mut().filter(|(rank, node)| !over.contains(rank) && node.told < news) {
+            node.told = news;
+            node.line.tell(if news == Others::Failed { &FromFirst::Stop } else { &FromFirst::Ended });
         }
     }
 
@@ -267,7 +270,7 @@ impl First {
             return Ok(());
         }
         line.tell(&FromFirst::Welcome);
-        self.nodes.insert(rank, Node { line, is_ready: true, is_stopped: false });
+        self.nodes.insert(rank, Node { line, is_ready: true, told: Others::Running });
         Ok(())
     }
 }

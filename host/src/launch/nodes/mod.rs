@@ -65,6 +65,16 @@ pub(super) struct Round {
     pub checkpoint: Option<Checkpoint>,
 }
 
+/// What is known of the ranks of other nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Others {
+    Running,
+    /// Those of one of them have come to the end that all come to together.
+    Ended,
+    /// Ours have to stop.
+    Failed,
+}
+
 /// What comes after a round.
 pub(super) enum Next {
     End(Result<()>),
@@ -94,11 +104,11 @@ impl Nodes {
         }
     }
 
-    /// Whether the ranks here have to stop because others failed; asked while they run.
-    pub fn must_stop(&mut self) -> bool {
+    /// What has become of the ranks of other nodes; asked while those here run.
+    pub fn others(&mut self) -> Others {
         match self {
-            Self::First(node) => node.must_stop(),
-            Self::Other(node) => node.must_stop(),
+            Self::First(node) => node.others(),
+            Self::Other(node) => node.others(),
         }
     }
 

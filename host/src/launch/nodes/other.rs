@@ -4,7 +4,7 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use super::wire::{FromFirst, FromNode, Line};
-use super::{Endpoint, Next, Outcome, POLL, Place, QUIET, Round, may_restart, stopped_early};
+use super::{Endpoint, Next, Others, Outcome, POLL, Place, QUIET, Round, may_restart, stopped_early};
 use crate::error::{Error, Kind, Result};
 use crate::launch::ranks::Requests;
 
@@ -17,14 +17,14 @@ pub(in crate::launch) struct Other {
     endpoint: Endpoint,
     say: fn(&str),
     line: Option<Line>,
-    /// Node 0 said so, or is gone.
-    must_stop: bool,
+    /// As node 0 says; where it is gone, ours have to stop too.
+    others: Others,
     attempt: usize,
 }
 
 impl Other {
     pub fn new(place: &Place, endpoint: &Endpoint, say: fn(&str)) -> Self {
-        Self { place: place.clone(), endpoint: endpoint.clone(), say, line: None, must_stop: false, attempt: 0 }
+        Self { place: place.clone(), endpoint: endpoint.clone(), say, line: None, others: Others::Running, attempt: 0 }
     }
 
     pub fn meet(&mut self, requests: &mut Requests) -> Result<Round> {
@@ -33,7 +33,7 @@ impl Other {
         let mut problem = String::new();
         let hello = FromNode::Hello(self.place.me.clone());
         if let Some(line) = &mut self.line {
-            (is_welcome, self.must_stop) = (true, false);
+            (is_welcome, self.others) = (true, Others::Running);
             line.tell(&hello);
         }
         loop {
@@ -53,7 +53,7 @@ impl Other {
                     Ok(mut line) => {
                         line.tell(&hello);
                         self.line = Some(line);
-                        self.must_stop = false;
+                        self.others = Others::Running;
                         problem = "it does not answer".into();
                     }
                     Err(why) => {
@@ -74,7 +74,7 @@ impl Other {
                 Ok(Some(FromFirst::Over { error, restarts: false })) => {
                     return Err(error.unwrap_or_else(|| Error::run("the run is over")));
                 }
-                Ok(Some(FromFirst::Stop | FromFirst::Over { .. })) => {}
+                Ok(Some(FromFirst::Ended | FromFirst::Stop | FromFirst::Over { .. })) => {}
                 Ok(None) => std::thread::sleep(POLL),
                 Err(_) => {
                     (self.line, is_welcome) = (None, false);
@@ -107,15 +107,17 @@ impl Other {
             .hint("`--rdzv-timeout` is how long they wait")
     }
 
-    pub fn must_stop(&mut self) -> bool {
-        while let (Some(line), false) = (&mut self.line, self.must_stop) {
+    pub fn others(&mut self) -> Others {
+        while let (Some(line), Others::Running | Others::Ended) = (&mut self.line, self.others) {
             match line.hear() {
                 Ok(None) => break,
-                Ok(Some(message)) => self.must_stop = matches!(message, FromFirst::Stop),
-                Err(_) => (self.line, self.must_stop) = (None, true),
+                Ok(Some(FromFirst::Ended)) => self.others = Others::Ended,
+                Ok(Some(FromFirst::Stop)) => self.others = Others::Failed,
+                Ok(Some(_)) => {}
+                Err(_) => (self.line, self.others) = (None, Others::Failed),
             }
         }
-        self.must_stop
+        self.others
     }
 
     pub fn settle(&mut self, own: Outcome, requests: &mut Requests) -> Next {

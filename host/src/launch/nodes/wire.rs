@@ -61,6 +61,8 @@ pub enum FromFirst {
         master_port: u16,
         checkpoint: Option<Checkpoint>,
     },
+    /// All ranks of another node have come to the end that all come to together.
+    Ended,
     /// Ranks of another node failed.
     Stop,
     Over {
