@@ -304,10 +304,20 @@ impl Running {
 
     /// Waits for the end; what it prints here fits a pipe.
     #[track_caller]
-    pub fn wait(mut self) -> Ended {
+    pub fn wait(self) -> Ended {
+        self.wait_within(TOO_LONG)
+    }
+
+    /// The same of a run that may take so long.
+    #[track_caller]
+    pub fn wait_within(mut self, limit: Duration) -> Ended {
         let started = Instant::now();
         while self.child.as_mut().unwrap().try_wait().unwrap().is_none() {
-            assert!(started.elapsed() < TOO_LONG, "it does not end");
+            if started.elapsed() > limit {
+                self.child.as_mut().unwrap().kill().unwrap();
+                let Ended { stdout, stderr, .. } = self.take_output();
+                panic!("it does not end within {limit:?}\n{stdout}\n{stderr}");
+            }
             std::thread::sleep(Duration::from_millis(2));
         }
         self.take_output()

@@ -12,7 +12,7 @@ const SAVING: &[&str] = &["save_every_n_steps=2", "checkpointer.keep_last_n_chec
 
 /// Runs `script` in a shell that may mount what it alone sees; its `train` is `host run` of the recipe with `train.yaml`.
 /// `None` where the machine allows nobody to mount.
-pub fn mounted(case: &Case, recipe: &str, script: &str) -> Option<Ended> {
+pub fn mounting(case: &Case, recipe: &str, script: &str) -> Option<Command> {
     let shell = |script: &str| {
         let mut command = Command::new("unshare");
         case.prepare(&mut command);
@@ -25,7 +25,12 @@ pub fn mounted(case: &Case, recipe: &str, script: &str) -> Option<Ended> {
         return None;
     }
     let train = format!("train() {{ \"$HOST\" run {recipe} --config train.yaml \"$@\"; }}");
-    Some(Ended::of(&mut shell(&format!("{train}\n{script}"))))
+    Some(shell(&format!("{train}\n{script}")))
+}
+
+/// The same, to its end.
+fn mounted(case: &Case, recipe: &str, script: &str) -> Option<Ended> {
+    mounting(case, recipe, script).map(|mut command| Ended::of(&mut command))
 }
 
 /// The losses in the log of `kept`, of a step that was taken twice the second one; every line must be whole.

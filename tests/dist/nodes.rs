@@ -13,7 +13,7 @@ const SCRIPT: &str = include_str!("nodes.sh");
 const FOUR: &str = "gradient_accumulation_steps=1";
 
 /// Runs `script` with `count` machines: its `node N COMMAND…` runs a command on one of them, and `train N …` is `host run`
-/// there. `None` where this machine gives nobody namespaces.
+/// there, of `$recipe`, behind `$limit`. `None` where this machine gives nobody namespaces.
 pub fn with_nodes(case: &Case, count: usize, script: &str) -> Option<Command> {
     let shell = |flags: &str, script: &str| {
         let mut command = Command::new("unshare");
@@ -28,7 +28,8 @@ pub fn with_nodes(case: &Case, count: usize, script: &str) -> Option<Command> {
         return None;
     };
     let train = format!(
-        "train() {{ n=$1; shift; node $n \"$HOST\" run {WASM} --config train.yaml --nnodes {count} --node-rank $n \\
+        "recipe={WASM}; limit=
+         train() {{ n=$1; shift; node $n $limit \"$HOST\" run $recipe --config train.yaml --nnodes {count} --node-rank $n \\
              --rdzv-endpoint 10.77.0.1:29500 \"$@\"; }}"
     );
     Some(shell(flags, &format!("{train}\n{script}")))
@@ -87,6 +88,10 @@ fn a_killed_rank_of_any_node_is_started_again() {
     for (rank, output_dir) in [(0, "first"), (3, "last")] {
         let mut run = Running::start(&mut start(output_dir).unwrap());
         run.wait_for_steps(&case, output_dir, 12);
+        let saved = case.path(output_dir).join("step_10");
+        while !saved.exists() {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
         let workers = workers_with(&case);
         assert_eq!(workers.iter().map(|(rank, _)| *rank).collect::<Vec<_>>(), [0, 1, 2, 3]);
         kill_process(workers[rank].1, Signal::KILL).unwrap();
@@ -140,6 +145,31 @@ fn a_lost_node_may_come_back() {
     assert!(first.stderr.contains("restart 1 of 1, from step "), "{}", first.stderr);
     assert!(first.stderr.contains("node 1 went away, with rank 1\n"), "{}", first.stderr);
     assert!(adapter(&case, "out") == adapter(&case, "straight"), "other weights");
+}
+
+/// Either side waits for the other as long as the config says, then ends by itself and says whom it has lost.
+#[test]
+fn a_cut_network_ends_both_sides() {
+    let case = Case::new();
+    let arguments = [LONG, &["epochs=20", "collective_timeout_seconds=4"]].concat().join(" ");
+    let script = format!(
+        "train 1 {arguments} 2>log1 & one=$!
+         train 0 {arguments} 2>log0 & zero=$!
+         while [ \"$(cat out/logs/log.jsonl 2>/dev/null | wc -l)\" -lt 3 ]; do sleep 0.05; done
+         ip link set port1 down
+         wait $zero || echo node 0 $?
+         wait $one || echo node 1 $?"
+    );
+    let Some(mut nodes) = with_nodes(&case, 2, &script) else { return };
+    let ended = Ended::of(&mut nodes);
+    assert_eq!(ended.stdout, "node 0 1\nnode 1 1\n", "{}", ended.stderr);
+    assert_eq!(workers_with(&case), []);
+    for (log, other) in [("log0", 1), ("log1", 0)] {
+        let text = std::fs::read_to_string(case.path(log)).unwrap();
+        let (_, error) = text.split_once("error: ").unwrap();
+        assert!(error.starts_with(&format!("no word from rank {other} for 4 s, in step ")), "{log}: {error}");
+        assert!(error.contains("or its machine out of memory or cut off"), "{log}: {error}");
+    }
 }
 
 /// By Ctrl-C at either of them: both stop, the checkpoint is saved, and nobody starts again.

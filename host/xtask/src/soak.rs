@@ -15,7 +15,7 @@ pub struct Args {
     /// Decides what is done to which run, but not where exactly that finds it [default: the time]
     #[arg(long)]
     seed: Option<u64>,
-    /// Ranks killed, ranks frozen and disks filled, before the minutes begin
+    /// Ranks killed and frozen, disks filled and networks cut, before the minutes begin
     #[arg(long, default_value_t = 50)]
     faults: usize,
 }
