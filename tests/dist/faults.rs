@@ -29,7 +29,7 @@ pub fn mounting(case: &Case, recipe: &str, script: &str) -> Option<Command> {
 }
 
 /// The same, to its end.
-fn mounted(case: &Case, recipe: &str, script: &str) -> Option<Ended> {
+pub fn mounted(case: &Case, recipe: &str, script: &str) -> Option<Ended> {
     mounting(case, recipe, script).map(|mut command| Ended::of(&mut command))
 }
 
