@@ -84,8 +84,8 @@ struct Linear : torch::autograd::Function<Linear> {
 // scale * p^T y in fp32, [r, n] from [T, r] and [T, n]: the narrow gradients. No wide matrix is converted or copied.
 Tensor narrow_gradient(const Tensor& p, const Tensor& y_in, double scale) {
   const int64_t rows = p.size(0), rank = p.size(1), columns = y_in.size(1);
-  // Products of bf16 are exact in fp32. ROCm's half of libtorch may not have this one.
-  if (y_in.is_cuda() && y_in.scalar_type() == at::kBFloat16 && !at::hasHIP()) {
+  // Products of bf16 are exact in fp32. ROCm's half of libtorch refuses this one.
+  if (y_in.is_cuda() && y_in.scalar_type() == at::kBFloat16 && !at::globalContext().hasROCM()) {
     return at::mm(p.t(), y_in, at::kFloat).mul_(scale);
   }
   if (!is_cpu_fused(y_in) || columns % 16 != 0) {
