@@ -31,10 +31,12 @@ pub(super) fn of(mut ended: Vec<Ended>, asked_to_stop: bool) -> Result<()> {
 
 /// Neither done, nor stopped on request, nor ended by a signal that we, or a terminal with us, sent.
 fn failed_by_itself(ended: &Ended, asked_to_stop: bool) -> bool {
+    if ended.late.is_some() {
+        return !ended.by_agreement();
+    }
     let Some(status) = ended.status else { return ended.sent.is_empty() };
     match (status.code(), status.signal().and_then(Signal::from_named_raw)) {
         (Some(0 | 130), _) => false,
-        _ if ended.late.is_some() => true,
         (None, Some(Signal::INT | Signal::TERM)) if asked_to_stop => false,
         (None, Some(signal)) => !ended.sent.contains(&signal),
         _ => true,
@@ -67,9 +69,9 @@ fn error_of(ended: &Ended) -> Error {
         return Error::run("the worker was lost: its process was reaped by somebody else");
     };
     if let Some(signal) = status.signal() {
-        // A panic hook may have written a report before an abort; it knows more than the signal.
+        // What a rank reported before it crashed knows more than the signal: it may have crashed by its panic, or as it ended.
         return match &ended.report {
-            Some(report) if signal == Signal::ABORT.as_raw() => report.error.clone(),
+            Some(report) if signal != Signal::KILL.as_raw() => report.error.clone(),
             _ => killed(signal),
         };
     }
@@ -198,6 +200,28 @@ mod tests {
         assert_eq!(named(vec![reported(0, 3, 60, "no space", false), crash(5)]).0, Some(0));
         let killed = ended(1, 4, Signal::KILL.as_raw());
         assert_eq!(named(vec![reported(0, 3, 60, "connection closed", false), killed]).0, Some(1));
+    }
+
+    /// Even one that SIGKILL does not end.
+    #[test]
+    fn a_rank_that_stays_after_the_others_is_the_cause() {
+        let late = Some(Late { by: Duration::from_secs(5), state: Some('D') });
+        let stays = |status| Ended { status, late, ..sent(&[Signal::KILL], ended(1, 9, CODE_0)) };
+        for status in [None, Some(ExitStatus::from_raw(Signal::KILL.as_raw()))] {
+            let what = "the worker had not ended 5 s after others had";
+            assert_eq!(named(vec![ended(0, 1, CODE_0), stays(status)]), (Some(1), what.into()));
+        }
+        assert!(of(vec![ended(0, 1, CODE_0), stays(Some(ExitStatus::from_raw(CODE_0)))], false).is_ok());
+    }
+
+    #[test]
+    fn what_a_rank_reported_before_it_crashed_is_named() {
+        let crashed = |signal: Signal| Ended {
+            report: reported(0, 1, 11, "no word from rank 1", false).report,
+            ..ended(0, 1, signal.as_raw())
+        };
+        assert_eq!(named(vec![crashed(Signal::SEGV), ended(1, 2, CODE_0)]).1, "no word from rank 1");
+        assert!(named(vec![crashed(Signal::KILL), ended(1, 2, CODE_0)]).1.contains("killed by signal 9"));
     }
 
     #[test]
