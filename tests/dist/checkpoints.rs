@@ -11,7 +11,7 @@ use rustix::process::{Signal, kill_process};
 
 use insta::assert_snapshot;
 
-use crate::case::{Case, LONG, Running, WASM, free_port};
+use crate::case::{Case, Ended, LONG, Running, WASM, free_port};
 use crate::faults::mounted;
 
 const HELD: &str = "model/notes.txt";
@@ -185,4 +185,27 @@ fn a_rank_that_cannot_write_its_piece_ends_the_run() {
     error: the run ended before every rank had written its part
     error: stopped because rank 1 failed (rank 0)
     ");
+}
+
+/// Whichever rank meets it first: what the others then miss is no cause, and the newest checkpoint stays.
+#[test]
+fn a_disk_that_fills_with_pieces_is_named() {
+    let case = Case::new();
+    let settings = ["gradient_accumulation_steps=2", "save_every_n_steps=4", "model=llama", "parallel=shard"];
+    let straight = [&["--nproc", "2", "output_dir=straight"], &settings[..]].concat();
+    assert_eq!(Ended::of(&mut case.run(WASM, &straight)).code, 0);
+    let checkpoint = case.size("straight/epoch_0");
+    for (disk, whole) in [(0.2, ""), (0.6, ""), (1.3, " step_4"), (1.7, " step_4")] {
+        let bytes = (disk * checkpoint as f64) as u64;
+        let script = format!(
+            "mount -t tmpfs -o size={bytes} none out
+            code=0; train --nproc 2 {} || code=$?
+            echo exit $code $(ls out | grep -v -e logs -e svg)",
+            settings.join(" ")
+        );
+        let Some(ended) = mounted(&case, WASM, &script) else { return };
+        assert_eq!(ended.stdout.lines().last(), Some(format!("exit 1{whole}").as_str()), "{disk}: {}", ended.stderr);
+        let report = ended.report();
+        assert!(report.contains("No space left on device"), "{disk}: {report}");
+    }
 }

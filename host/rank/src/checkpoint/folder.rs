@@ -87,10 +87,12 @@ impl Saver {
             Some((piece, _)) => piece.dir.clone(),
             None => self.prepare(name)?,
         };
-        let filled = self
-            .copy_small_files(&partial)
-            .and_then(|()| shared.map_or(Ok(()), write_pieces))
-            .and_then(|()| self.fill(&partial, base, trained, state, curve));
+        let begun = self.copy_small_files(&partial);
+        let pieces = match shared {
+            Some(shared) => write_pieces(begun, shared),
+            None => begun,
+        };
+        let filled = pieces.and_then(|()| self.fill(&partial, base, trained, state, curve));
         let written = filled.and_then(|()| publish(&partial, &target));
         if written.is_err() {
             // The error that matters is the one that stopped the write; a leftover has a name no reader takes for whole.
@@ -187,10 +189,11 @@ impl Saver {
     }
 }
 
-/// Writes this rank's piece, and waits for the others.
-fn write_pieces((piece, written): (Piece, Receiver<()>)) -> Result<()> {
-    piece.write()?;
-    written.recv().map_err(|_| Error::run("the run ended before every rank had written its part"))
+/// Writes this rank's piece, and waits for the others, also where that failed: they write to the same folder.
+fn write_pieces(begun: Result<()>, (piece, written): (Piece, Receiver<()>)) -> Result<()> {
+    let own = begun.and_then(|()| piece.write());
+    let others = written.recv().map_err(|_| Error::run("the run ended before every rank had written its part"));
+    own.and(others)
 }
 
 /// Where the checkpoint `name` is written before it gets its name.

@@ -26,8 +26,6 @@ pub struct Job {
     pub trained: Snapshot,
     pub state: ResumeState,
     pub curve: Curve,
-    /// Rank 0's, of a model that ranks share.
-    pub piece: Option<Piece>,
     /// How long training was held for it.
     pub held: Duration,
 }
@@ -65,10 +63,10 @@ impl Writer {
         Self { main: Some(Main { saver, base, picture }), under_way: None, pieces_written: None }
     }
 
-    /// Begins to write a checkpoint; the one before has to be waited for.
-    pub fn start(&mut self, mut job: Job) -> Result<()> {
+    /// Begins to write a checkpoint, with rank 0's `piece` of a model that ranks share; the one before has to be waited for.
+    pub fn start(&mut self, job: Job, piece: Option<Piece>) -> Result<()> {
         let mut main = self.main.take().ok_or_else(two_at_once)?;
-        let shared = job.piece.take().map(|piece| {
+        let shared = piece.map(|piece| {
             let (sender, written) = channel();
             self.pieces_written = Some(sender);
             (piece, written)
@@ -125,7 +123,7 @@ impl Writer {
     }
 }
 
-/// A run that fails leaves the checkpoint it has begun whole, where every rank has written its part.
+/// A run that fails leaves the checkpoint it has begun whole, where every rank is known to have written its part.
 impl Drop for Writer {
     fn drop(&mut self) {
         if let Some(Err(error)) = self.wait() {
@@ -141,7 +139,7 @@ fn two_at_once() -> Error {
 impl Main {
     fn write(&mut self, job: Job, shared: Option<(Piece, Receiver<()>)>) -> Result<Written> {
         let started = Instant::now();
-        let Job { name, trained, state, curve, piece: _, held } = job;
+        let Job { name, trained, state, curve, held } = job;
         let folder = self.saver.save(&name, &self.base, &trained, &state, &curve, shared)?;
         if let Err(error) = curve.draw(&self.picture) {
             tracing::warn!("the picture of the losses is not up to date\n{error}");
@@ -219,10 +217,9 @@ mod tests {
                     master: None,
                 },
                 curve: Curve::default(),
-                piece: Some(first),
                 held: Duration::ZERO,
             };
-            self.writers[0].start(job).unwrap();
+            self.writers[0].start(job, Some(first)).unwrap();
             self.writers[1].start_piece(second).unwrap();
         }
 

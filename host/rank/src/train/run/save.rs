@@ -21,7 +21,7 @@ impl Run {
     pub(super) fn save(&mut self, name: &str) -> Result<()> {
         let started = Instant::now();
         self.finish_save()?;
-        let mut piece = self.begin_piece(name)?;
+        let piece = self.begin_piece(name)?;
         let parts = &mut self.parts;
         if !parts.group.is_main() {
             return piece.map_or(Ok(()), |piece| parts.writer.start_piece(piece));
@@ -41,8 +41,8 @@ impl Run {
             exp_avg_sq: keep(&parts.optimizer.exp_avg_sq),
             master: parts.optimizer.master.as_ref().map(keep),
         };
-        let (name, curve, piece) = (name.to_owned(), parts.curve.clone(), piece.take());
-        parts.writer.start(Job { name, trained, state, curve, piece, held: started.elapsed() })
+        let (name, curve) = (name.to_owned(), parts.curve.clone());
+        parts.writer.start(Job { name, trained, state, curve, held: started.elapsed() }, piece)
     }
 
     /// What this rank has of a model that ranks share, as it is now. Rank 0 makes the folder that it is to be written to, and
