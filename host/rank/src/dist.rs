@@ -101,16 +101,8 @@ impl Group {
         Ok(())
     }
 
-    /// This rank's two groups of a world of `copies` runs of ranks: the ranks of its run, and those at its place in each run.
-    /// Every rank has to ask.
-    pub fn split(self: &Rc<Self>, copies: usize) -> Result<(Rc<Self>, Rc<Self>)> {
-        let each = self.world_size / copies;
-        let (copy, place) = (self.rank / each, self.rank % each);
-        let run = self.part(&format!("run {copy}"), (place, each))?;
-        Ok((run, self.part(&format!("place {place}"), (copy, copies))?))
-    }
-
-    fn part(self: &Rc<Self>, name: &str, (rank, world_size): (usize, usize)) -> Result<Rc<Self>> {
+    /// This rank as `rank` of the `world_size` of these that ask by the same `name`.
+    pub fn part(self: &Rc<Self>, name: &str, (rank, world_size): (usize, usize)) -> Result<Rc<Self>> {
         if world_size == self.world_size {
             return Ok(Rc::clone(self));
         }

@@ -28,16 +28,19 @@ use crate::torch::TorchContext;
 pub struct Spread {
     /// The ranks that share a copy of the model with this one.
     pub group: Rc<Group>,
-    /// Those that have the same pieces of the other copies.
+    /// Those that train the same pieces of the other copies.
     pub copies: Rc<Group>,
     pub placement: Placement,
 }
 
 impl Spread {
-    /// Over the ranks of `world`; each has to ask.
-    pub fn new(world: &Rc<Group>, placement: Placement) -> Result<Self> {
-        let (group, copies) = world.split(placement.copies)?;
-        Ok(Self { group, copies, placement })
+    /// Over the ranks of `world`; each has to ask. Copies of a frozen model have nothing to tell each other.
+    pub fn new(world: &Rc<Group>, placement: Placement, is_trained: bool) -> Result<Self> {
+        let shared_by = world.world_size / placement.copies;
+        let (copy, place) = (world.rank / shared_by, world.rank % shared_by);
+        let group = world.part(&format!("copy {copy}"), (place, shared_by))?;
+        let copies = if is_trained { (copy, placement.copies) } else { (0, 1) };
+        Ok(Self { group, copies: world.part(&format!("place {place}"), copies)?, placement })
     }
 }
 

@@ -122,9 +122,14 @@ impl Choice {
 fn ways_out(question: &Question<'_>, placement: Placement) -> Vec<String> {
     let mut ways = vec![];
     let ranks = question.ranks;
-    let sharded = Placement { is_sharded: true, copies: 1, reshard_after_forward: true, ..placement };
+    let plan = &question.plan.placement;
+    let copies = plan.copies.unwrap_or(1);
+    let sharded = Placement { is_sharded: true, copies, reshard_after_forward: true, ..placement };
     if ranks.world_size > 1 && placement != sharded && question.would_fit(sharded) {
         ways.push("`parallel=shard fsdp_reshard_after_forward=True` would fit".to_owned());
+    }
+    if copies > 1 && question.would_fit(Placement { copies: 1, ..sharded }) {
+        ways.push("`parallel=shard data_parallel_replicate_dim=1 data_parallel_shard_dim=-1` would fit".to_owned());
     }
     let recomputed = Placement { checkpoint_every: Some(1), ..placement };
     if placement.checkpoint_every != Some(1) && question.would_fit(recomputed) {
@@ -150,7 +155,9 @@ fn ways_out(question: &Question<'_>, placement: Placement) -> Vec<String> {
         let per_node = ranks.world_size.div_ceil(ranks.nodes);
         Question { ranks: Ranks { world_size, nodes: world_size.div_ceil(per_node) }, ..question.clone() }
     };
-    if let Some(ranks) = more.clone().find(|ranks| on_more(*ranks).would_fit(sharded)) {
+    if plan.shard_ranks.is_none()
+        && let Some(ranks) = more.clone().find(|ranks| on_more(*ranks).would_fit(sharded))
+    {
         ways.push(format!("`parallel=shard` over {ranks} such ranks would fit"));
     }
     ways

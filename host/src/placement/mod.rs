@@ -60,6 +60,12 @@ impl Placement {
             sharded.extend(world_size.is_multiple_of(ranks.nodes).then_some(ranks.nodes));
         }
         let all_whole = plan.copies.is_some_and(|copies| copies > 1 && copies == world_size);
+        if all_whole && plan.cpu_offload {
+            let what = format!(
+                "`data_parallel_replicate_dim` is {world_size}, as many as there are ranks, so that each has the model whole, and `fsdp_cpu_offload` is for shards"
+            );
+            return Err(Error::config(what).hint("leave one of them out, or have fewer copies"));
+        }
         let open = match plan.parallel {
             Parallel::Replicate => vec![None],
             _ if all_whole => vec![None],

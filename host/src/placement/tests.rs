@@ -142,12 +142,14 @@ fn copies_keep_gathering_on_a_machine() {
     assert_eq!(copies(&with(&["data_parallel_replicate_dim=4"])), [Some(4)]);
     assert_eq!(copies(&with(&["data_parallel_replicate_dim=4", "data_parallel_shard_dim=4"])), [Some(4)]);
     assert_eq!(copies(&with(&["data_parallel_replicate_dim=16"])), [None]);
+    assert_eq!(copies(&with(&["data_parallel_replicate_dim=1"])), [None, Some(1)]);
     assert_eq!(copies(&with(&["parallel=shard"])), [Some(1)]);
     let refused = |overrides: &[&str]| asked(&with(overrides)).unwrap_err();
     assert_eq!(
         refused(&["data_parallel_replicate_dim=3"]),
         "`data_parallel_replicate_dim` is 3, and there are 16 ranks"
     );
+    assert!(refused(&["data_parallel_replicate_dim=16", "fsdp_cpu_offload=True"]).contains("is for shards"));
     assert_eq!(
         refused(&["data_parallel_shard_dim=8"]),
         "`data_parallel_shard_dim` is 8, `data_parallel_replicate_dim` 1, and there are 16 ranks"
@@ -157,23 +159,25 @@ fn copies_keep_gathering_on_a_machine() {
 /// Whatever is proposed was tried: with it, the same plan is accepted.
 #[test]
 fn what_would_fit_fits() {
-    let hardware = gpus(16.0);
-    let replicated = plan(FULL, &["parallel=replicate", "tokens_per_microbatch=8000", "batch_size=16"]);
-    let error = |plan: &TrainPlan| {
-        let question = question(plan, &hardware, 4);
-        choose(&question).unwrap().check(&question).err()
-    };
-    let refused = error(&replicated).unwrap();
-    assert_eq!(refused.kind, crate::error::Kind::Config);
-    let changes = refused.hints.iter().filter(|hint| !hint.contains("such ranks"));
-    let changes: Vec<&str> = changes.filter_map(|hint| hint.split('`').nth(1)).collect();
-    assert!(changes.len() >= 3, "{refused}");
-    for change in changes {
-        let mut overrides = vec!["parallel=replicate", "tokens_per_microbatch=8000", "batch_size=16"];
-        // Offloading is what shards know.
-        overrides.retain(|given| !change.starts_with("fsdp") || !given.starts_with("parallel"));
-        overrides.extend(change.split(' '));
-        assert!(error(&plan(FULL, &overrides)).is_none(), "{change}");
+    for (base, memory_gb, least) in [("parallel=replicate", 16.0, 3), ("data_parallel_replicate_dim=2", 11.0, 2)] {
+        let hardware = gpus(memory_gb);
+        let base = [base, "tokens_per_microbatch=8000", "batch_size=16"];
+        let error = |plan: &TrainPlan| {
+            let question = question(plan, &hardware, 4);
+            choose(&question).unwrap().check(&question).err()
+        };
+        let refused = error(&plan(FULL, &base)).unwrap();
+        assert_eq!(refused.kind, crate::error::Kind::Config);
+        let changes = refused.hints.iter().filter(|hint| !hint.contains("such ranks"));
+        let changes: Vec<&str> = changes.filter_map(|hint| hint.split('`').nth(1)).collect();
+        assert!(changes.len() >= least, "{refused}");
+        for change in changes {
+            let mut overrides = base.to_vec();
+            // Offloading is what shards know.
+            overrides.retain(|given| !change.starts_with("fsdp") || !given.starts_with("parallel"));
+            overrides.extend(change.split(' '));
+            assert!(error(&plan(FULL, &overrides)).is_none(), "{base:?} {change}");
+        }
     }
 }
 

@@ -171,7 +171,8 @@ impl Run {
         let group = Rc::new(group);
         let placement = placement::decide(&plan, &tokens.training, &inputs.env, &group)?;
         let checkpoint_every = placement.checkpoint_every;
-        let spread = placement.is_sharded.then(|| Spread::new(&group, placement)).transpose()?;
+        let spread =
+            placement.is_sharded.then(|| Spread::new(&group, placement, plan.model.lora.is_none())).transpose()?;
         let kind = torch::kind(plan.dtype);
         let adapter_kind = if plan.compat_torchtune { kind } else { Kind::Float };
         let start = Start { seed: plan.seed, adapter_kind };
@@ -201,8 +202,8 @@ impl Run {
             let share = 100.0 * trainable as f64 / all as f64;
             let layers = opened.model.config.num_layers;
             let spread = match &spread {
-                Some(Spread { group, copies, .. }) if copies.world_size > 1 => {
-                    format!("{} copies sharded over {} each, ", copies.world_size, ranks(group.world_size))
+                Some(Spread { group, placement, .. }) if placement.copies > 1 => {
+                    format!("{} copies sharded over {} each, ", placement.copies, ranks(group.world_size))
                 }
                 Some(Spread { group, .. }) => format!("sharded over {}, ", ranks(group.world_size)),
                 None => String::new(),

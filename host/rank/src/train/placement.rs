@@ -40,7 +40,7 @@ fn on_main(plan: &TrainPlan, data: &Tokenized, env: &WorkerEnv) -> Result<Placem
     Ok(choice.chosen().placement)
 }
 
-/// What it was decided by. A run whose config decides says it only where it is close.
+/// What it was decided by. A run whose config decides says it only where it may not fit.
 fn say(choice: &Choice, plan: &TrainPlan, world_size: usize) {
     let summary = Summary { choice, world_size }.to_string();
     let summary = summary.trim_end();

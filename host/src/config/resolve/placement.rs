@@ -50,7 +50,7 @@ pub fn placement(root: &Section<'_>, notices: &mut Vec<Notice>) -> Found<Placeme
         cpu_offload,
         checkpoint_every: checkpoint_every?,
         shard_ranks: shard_ranks.filter(|_| parallel == Parallel::Shard),
-        copies: copies.filter(|_| parallel == Parallel::Shard),
+        copies: copies.filter(|_| parallel != Parallel::Replicate),
     })
 }
 
