@@ -69,7 +69,7 @@ fn five_faults() {
 fn harm_many(faults: usize, hows: &[How], case: &Case, run: &Undisturbed, dice: &mut Dice, counts: &mut Counts) {
     let done = |counts: &Counts| hows.iter().filter_map(|how| counts.get(how.done())).sum::<usize>();
     let draw = |counts: &Counts, dice: &mut Dice| {
-        let is_missing = |how: &How| !counts.contains_key(how.done()) && !counts.contains_key(how.skipped());
+        let is_missing = |how: &How| [how.done(), how.skipped()].iter().all(|what| counts.get(what) < Some(&1));
         let missing: Vec<How> = hows.iter().copied().filter(is_missing).collect();
         (done(counts) < faults).then(|| *dice.pick(if missing.is_empty() { hows } else { &missing }))
     };
@@ -281,11 +281,14 @@ impl Attempt<'_> {
     }
 
     fn launch(&self) -> Vec<String> {
-        let own = [
-            format!("--nproc={}", self.expected.ranks),
-            format!("--max-restarts={RESTARTS}"),
-            format!("--rdzv-timeout={TIMEOUT}"),
-        ];
+        let mut arguments = self.restarting(TIMEOUT);
+        arguments.push(format!("--nproc={}", self.expected.ranks));
+        arguments
+    }
+
+    /// The settings of a run that starts again by itself, whose ranks meet within so many seconds.
+    fn restarting(&self, meeting: u64) -> Vec<String> {
+        let own = [format!("--max-restarts={RESTARTS}"), format!("--rdzv-timeout={meeting}")];
         self.settings.iter().map(|setting| setting.to_string()).chain(own).collect()
     }
 
@@ -394,8 +397,7 @@ impl Attempt<'_> {
             _ => None,
         };
         let meeting = if back.is_some() { REUNION } else { TIMEOUT };
-        let own = [format!("--max-restarts={RESTARTS}"), format!("--rdzv-timeout={meeting}")];
-        let arguments: Vec<String> = self.settings.iter().map(|setting| setting.to_string()).chain(own).collect();
+        let arguments = self.restarting(meeting);
         let in_seconds = |millis: usize| format!("{:.3}", millis as f64 / 1000.0);
         let script = format!(
             "recipe={recipe}; limit='timeout -s KILL {limit}'

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use host::config::plan::{Dtype, Layout, ModelPlan, Parallel, SchedulePlan, TrainPlan, Updates};
+use host::config::plan::{ClipPlan, Dtype, Layout, ModelPlan, Parallel, SchedulePlan, TrainPlan, Updates};
 use host_rank::train::{Opened, Place, Start};
 use insta::assert_snapshot;
 use tch::{Kind, Reduction, Tensor};
@@ -21,7 +21,8 @@ fn run(dir: &Path, world: usize, change: impl FnOnce(&mut TrainPlan)) -> Finishe
 
 #[track_caller]
 fn same(what: &str, one: &Finished, other: &Finished) {
-    let losses = support::relative(&one.steps, &other.steps);
+    let losses = support::relative(&one.steps, &other.steps, |step| step.loss);
+    let norms = support::relative(&one.steps, &other.steps, |step| step.grad_norm);
     let norm = |numbers: &mut dyn Iterator<Item = f64>| numbers.map(|x| x * x).sum::<f64>().sqrt();
     let distance = |(one, other): (&Vec<f32>, &Vec<f32>)| {
         let gaps = &mut one.iter().zip(other).map(|(one, other)| f64::from(*one) - f64::from(*other));
@@ -32,6 +33,7 @@ fn same(what: &str, one: &Finished, other: &Finished) {
     println!("{what}: losses differ by {losses:.1e}, gradients by {gradients:.1e} of their norm");
     assert!(losses < 1e-6, "{what}: a loss differs by {losses:e}");
     assert!(gradients < 1e-5, "{what}: a gradient differs by {gradients:e} of its norm");
+    assert!(norms < 1e-5, "{what}: a gradient's norm differs by {norms:e}");
     assert!(!one.gradients.is_empty() && !other.gradients.is_empty());
 }
 
@@ -69,10 +71,10 @@ fn sharding_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
         run(dir.path(), world, change)
     };
-    let measured = |plan: &mut TrainPlan| plan.run_val_every_n_steps = Some(5);
     for whole in [false, true] {
         let method = |plan: &mut TrainPlan| {
-            measured(plan);
+            // Norms are above: updates depend on them.
+            (plan.run_val_every_n_steps, plan.clip_grad_norm) = (Some(5), Some(ClipPlan::MaxNorm(0.1)));
             if whole {
                 support::train_whole(plan);
             }
@@ -355,7 +357,7 @@ fn dropout_masks_do_not_depend_on_layout_or_ranks() {
         plan.layout = Layout::Padded;
     });
     let two = run(dirs[3].path(), 2, dropped);
-    assert!(support::relative(&plain.steps[2..], &varlen.steps[2..]) > 1e-6, "dropout did nothing");
+    assert!(support::relative(&plain.steps[2..], &varlen.steps[2..], |step| step.loss) > 1e-6, "dropout did nothing");
     same("padded and varlen with dropout", &padded, &varlen);
     same("two ranks and one with dropout", &two, &varlen);
 }

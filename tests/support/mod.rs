@@ -335,7 +335,7 @@ pub fn free_port() -> u16 {
 }
 
 /// Largest relative difference of two curves.
-pub fn relative(a: &[Logged], b: &[Logged]) -> f64 {
+pub fn relative(a: &[Logged], b: &[Logged], of: fn(&Logged) -> f64) -> f64 {
     assert_eq!(a.len(), b.len(), "the runs have different lengths");
-    a.iter().zip(b).map(|(a, b)| ((a.loss - b.loss) / b.loss).abs()).fold(0.0, f64::max)
+    a.iter().zip(b).map(|(a, b)| ((of(a) - of(b)) / of(b)).abs()).fold(0.0, f64::max)
 }
