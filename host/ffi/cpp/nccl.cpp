@@ -99,7 +99,7 @@ struct NcclApi {
   }
 };
 
-// For an orderly end after a failure: other ranks are heard, a checkpoint under way is written.
+// For an orderly end after a failure: other ranks are heard, a checkpoint under way is written; one that takes longer is lost.
 constexpr std::chrono::seconds kLastResort(30);
 
 struct Nccl {
