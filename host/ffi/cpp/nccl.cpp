@@ -149,10 +149,11 @@ struct Nccl {
     watchdog.join();
     if (!comm) return;
     // Destroying waits for what is queued, which after an error elsewhere never ends.
+    forget_what_is_done();
     if (pending.empty()) {
       api->comm_destroy(comm);
     } else {
-      abort();
+      give_up("the run ended during " + pending.front().what);
     }
   }
 
@@ -185,7 +186,7 @@ struct Nccl {
     std::unique_lock lock(mutex);
     while (!closing) {
       wake.wait_for(lock, std::chrono::milliseconds(200));
-      while (!pending.empty() && pending.front().done->query()) pending.pop_front();
+      forget_what_is_done();
       auto* first = pending.empty() ? nullptr : &pending.front();
       if (first && !first->began && first->turn->query()) first->began = Clock::now();
       Result error = ok;
@@ -199,26 +200,28 @@ struct Nccl {
       } else {
         continue;
       }
-      give_up(std::move(lock));
+      const std::string why = failure;
+      lock.unlock();
+      const std::unique_lock handing(handing_over, std::chrono::seconds(2));
+      give_up(why);
       return;
     }
   }
 
-  // The kernels that wait end, and with them whatever waits for the device. A process that does not end by that is ended, or
-  // nobody would hear of the failure.
-  void give_up(std::unique_lock<std::mutex> lock) {
-    std::thread([what = failure] {
-      std::this_thread::sleep_for(kLastResort);
-      std::fprintf(stderr, "error: %s\n", what.c_str());
-      std::_Exit(1);
-    }).detach();
-    lock.unlock();
-    const std::unique_lock handing(handing_over, std::chrono::seconds(2));
-    abort();
+  void forget_what_is_done() {
+    while (!pending.empty() && pending.front().done->query()) pending.pop_front();
   }
 
-  // Not waited for: where the other ranks stand still it may never return.
-  void abort() { std::thread([abort = api->comm_abort, comm = std::exchange(comm, nullptr)] { abort(comm); }).detach(); }
+  // The kernels that wait end, and with them whatever waits for the device. That is not waited for: where the other ranks stand
+  // still it may never return. Nor may the end of the process, so it is ended, or nobody would hear of it.
+  void give_up(const std::string& why) {
+    std::thread([abort = api->comm_abort, comm = std::exchange(comm, nullptr)] { abort(comm); }).detach();
+    std::thread([why] {
+      std::this_thread::sleep_for(kLastResort);
+      std::fprintf(stderr, "error: %s\n", why.c_str());
+      std::_Exit(1);
+    }).detach();
+  }
 
   void fail(const std::string& what, const std::string& why) { failure = what + ": " + why; }
 };
