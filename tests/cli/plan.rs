@@ -212,7 +212,7 @@ fn mistakes_in_a_description_of_hardware_have_their_line() {
     exit 2
     --- stderr
     error: `data_parallel_shard_dim` is 4, `data_parallel_replicate_dim` 1, and there are 2 ranks
-    hint: their product has to be the number of ranks; `data_parallel_shard_dim: -1` is as many as there are for a copy
+    hint: `data_parallel_replicate_dim` × `data_parallel_shard_dim` has to be the number of ranks; the latter as -1 is what is left
     ");
 }
 

@@ -114,6 +114,6 @@ fn copies(plan: &PlacementPlan, world_size: usize) -> Result<usize> {
         None => format!("`data_parallel_replicate_dim` is {copies}, and there are {world_size} ranks"),
     };
     Err(Error::config(what).hint(
-        "their product has to be the number of ranks; `data_parallel_shard_dim: -1` is as many as there are for a copy",
+        "`data_parallel_replicate_dim` × `data_parallel_shard_dim` has to be the number of ranks; the latter as -1 is what is left",
     ))
 }
