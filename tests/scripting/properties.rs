@@ -108,6 +108,8 @@ proptest! {
     /// A script is given what a component is given, which is what YAML says; or the config is refused.
     #[test]
     fn any_scalar_is_the_same_to_both(scalars in prop::collection::vec(scalar(), 1..8)) {
+        // `\${` stands for `${` to us, as to OmegaConf; to YAML it is itself.
+        prop_assume!(scalars.iter().all(|scalar| !scalar.contains("${")));
         let mut section = String::new();
         for (index, scalar) in scalars.iter().enumerate() {
             writeln!(section, "  v{index}: {scalar}").unwrap();
