@@ -147,7 +147,7 @@ fn a_run_that_cannot_fit_is_refused() {
 /// All weights of 500M parameters on 1, 2 and 4 ranks that share them: the same first step, and memory that falls with the
 /// ranks, but for what every rank gathers: embedding, head and a few blocks, and their gradients.
 #[test]
-#[ignore = "takes 10 GB and minutes: `cargo xtask soak`"]
+#[ignore = "takes 20 GB and minutes: `cargo xtask soak`"]
 fn half_a_billion_parameters_are_shared() {
     let case = Case::new();
     let config = |hidden: i64, ffn: i64, layers: i64, heads: i64| {
