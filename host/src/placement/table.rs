@@ -45,7 +45,7 @@ impl fmt::Display for Summary<'_> {
             return writeln!(f, "placement: {name}, about {need} of {have} a rank");
         }
         let verdict = self.choice.verdict();
-        writeln!(f, "placement: {name}, {verdict} {have} a rank; `host plan` says more")?;
+        writeln!(f, "placement: {name}, {verdict} in {have} a rank; `host plan` says more")?;
         line(f, "", candidates.iter().map(column))?;
         totals(f, "  memory of a rank, GB", "  of the machine's, GB", candidates)?;
         line(f, "  a step, s", candidates.iter().map(|candidate| figure(candidate.cost.step_seconds)))?;

@@ -191,14 +191,14 @@ fn a_run_says_what_it_was_placed_by() {
     };
     let open = plan(FULL, &["parallel=auto"]);
     assert_snapshot!(said(&open, 80.0, 8), @"
-    placement: replicate, the fastest that fits 80.0 GB a rank; `host plan` says more
+    placement: replicate, the fastest that fits in 80.0 GB a rank; `host plan` says more
                                        replicate         shard
       memory of a rank, GB                  16.9          9.75
       of the machine's, GB                  7.94          1.45
       a step, s                             1.85          2.41
     ");
     assert_snapshot!(said(&open, 14.0, 8), @"
-    placement: shard, the fastest that fits 14.0 GB a rank; `host plan` says more
+    placement: shard, the fastest that fits in 14.0 GB a rank; `host plan` says more
                                        replicate         shard
       memory of a rank, GB                  16.9          9.75
       of the machine's, GB                  7.94          1.45
